@@ -1,0 +1,1 @@
+"""Packed weights, the walk forward and backward, adapters in memory, KV cache, sampling."""
