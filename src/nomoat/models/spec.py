@@ -46,6 +46,8 @@ class ModelSpec:
     activation: Literal["silu"] = "silu"
     #: engine name -> tensor name in the source file, for example "blk.0.q" -> "blk.0.attn_q.weight"
     tensors: dict[str, str] = field(default_factory=dict)
+    #: sentences for the user: unused tensors, a context that was shortened
+    notes: tuple[str, ...] = ()
 
     def linear_shape(self, target: str) -> tuple[int, int]:
         """(rows N, columns K) of a target's weight: y[N] = W[N, K] x[K]."""
@@ -60,6 +62,13 @@ class ModelSpec:
             "down": (self.width, self.ffn),
         }
         return shapes[target]
+
+    def tensor_shape(self, engine_name: str) -> tuple[int, ...]:
+        """Shape of a weight by engine name ("embed", "head", "blk.3.q", ...), rows first; norms are [D]."""
+        if engine_name in ("embed", "head"):
+            return (self.vocab, self.width)
+        target = engine_name.rpartition(".")[2]
+        return self.linear_shape(target) if target in TARGETS else (self.width,)
 
     def parameters(self) -> int:
         """Weights in all matrices (norms left out): what decides size and speed."""
