@@ -1,0 +1,42 @@
+"""SentencePiece BPE vocabularies (Llama 2, Mistral): scores instead of merges."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import tokenizers
+
+SPACE = "\u2581"
+
+
+def build(
+    ids: dict[str, int], scores: npt.NDArray[np.generic], *, unknown: str | None, space_prefix: bool
+) -> tokenizers.Tokenizer:
+    """Encoder that starts from characters and always joins the neighbours whose union has the best score.
+
+    Characters outside the vocabulary become their UTF-8 bytes (`<0xE2>`...).
+    """
+    import tokenizers
+    from tokenizers import normalizers
+
+    merges = merges_from_scores(ids, scores)
+    built = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=ids, merges=merges, byte_fallback=True, fuse_unk=True))
+    steps: list[normalizers.Normalizer] = [normalizers.Replace(" ", SPACE)]
+    if space_prefix:
+        steps.append(normalizers.Prepend(SPACE))
+    built.normalizer = normalizers.Sequence(steps)
+    return built
+
+
+def merges_from_scores(ids: dict[str, int], scores: npt.NDArray[np.generic]) -> list[tuple[str, str]]:
+    """Every way to make a token out of two others, best score of the union first."""
+    order = sorted(((-float(scores[i]), i, text) for text, i in ids.items() if len(text) > 1))
+    return [
+        (text[:cut], text[cut:])
+        for _, _, text in order
+        for cut in range(1, len(text))
+        if text[:cut] in ids and text[cut:] in ids
+    ]
