@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nomoat.engine.stack import Adapter, Stack
-from nomoat.errors import AdapterError, InputError, NonFiniteError
+from nomoat.errors import AdapterError, InputError
 from nomoat.models.spec import TARGETS, ModelSpec, RopeSpec
 
 
@@ -113,5 +113,5 @@ def test_non_finite_weights_are_refused():
     spec = toy_spec()
     adapter = random_adapter(spec, 1)
     adapter.tensors[1, "up"][1][3, 2] = np.inf
-    with pytest.raises(NonFiniteError, match="layer 1, up: B holds 1"):
+    with pytest.raises(AdapterError, match="layer 1, up: B holds 1"):
         Stack(spec, [(adapter, 1.0)])

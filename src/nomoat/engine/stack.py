@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from nomoat.errors import AdapterError, InputError, NonFiniteError, printable
+from nomoat.errors import AdapterError, InputError, printable
 from nomoat.models.spec import TARGETS, ModelSpec
 
 Float32 = npt.NDArray[np.float32]
@@ -70,7 +70,7 @@ class Adapter:
         return hasher.hexdigest()
 
     def check(self, spec: ModelSpec) -> None:
-        """Raises AdapterError (E_LIMIT, E_ARCH, E_SHAPE, E_TYPE) or NonFiniteError unless it fits the model."""
+        """Raises AdapterError (E_LIMIT, E_ARCH, E_SHAPE, E_TYPE, E_NONFINITE) unless it fits the model."""
         if self.rank < 1:
             raise AdapterError(f"adapter rank is {self.rank}; it must be at least 1", code="E_LIMIT")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
@@ -101,7 +101,8 @@ def _check_pair(a: Float32, b: Float32, shape: tuple[int, int], where: str) -> N
     # A sum is finite only if no term is NaN or infinite; it may overflow, so a second look decides.
     for name, array in (("A", a), ("B", b)):
         if not math.isfinite(float(array.sum(dtype=np.float64))) and not np.isfinite(array).all():
-            raise NonFiniteError(f"{where}: {name} holds {np.count_nonzero(~np.isfinite(array))} NaN or infinite weights")
+            bad = np.count_nonzero(~np.isfinite(array))
+            raise AdapterError(f"{where}: {name} holds {bad} NaN or infinite weights", code="E_NONFINITE")
 
 
 class StackedLinear(NamedTuple):
@@ -115,7 +116,7 @@ class StackedLinear(NamedTuple):
 class Stack:
     """Adapters with weights, ready for the engine: `stack[layer, target]` is a StackedLinear, absent places have none.
 
-    Raises InputError for a weight that is not finite; AdapterError or NonFiniteError for an adapter that does not fit `spec`.
+    Raises InputError for a weight that is not finite, AdapterError for an adapter that does not fit `spec`.
     """
 
     def __init__(self, spec: ModelSpec, adapters: Sequence[tuple[Adapter, float]]) -> None:

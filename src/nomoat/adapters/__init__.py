@@ -1,0 +1,1 @@
+"""Adapters on disk: packages, the local store, names of stacks, conversions."""

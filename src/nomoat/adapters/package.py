@@ -1,0 +1,278 @@
+"""Adapter packages: a PEFT directory plus `nomoat.json`.
+
+    adapter_config.json         PEFT's settings (see convert/peft.py)
+    adapter_model.safetensors   A and B, in Hugging Face row order, so that PEFT reads it as it is
+    nomoat.json                 the manifest: for whom it was made, from what, and how well it does
+    README.md                   a model card
+
+A package is data: these names and `.gitattributes` are all that may be in it. The same adapter gives the same bytes in
+every file; no file holds a time. The manifest (`Manifest`) is optional when reading, so packages of other tools load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nomoat.adapters.convert.peft import MAX_RANK, from_peft, parse_config, peft_modules, place_of, to_peft
+from nomoat.engine.stack import Adapter
+from nomoat.errors import AdapterError, NotFoundError, printable
+from nomoat.models.spec import TARGETS, ModelSpec
+
+if TYPE_CHECKING:
+    from nomoat.engine.model import Model
+
+#: nomoat.json. Keys: format, base, rank, alpha, targets, chat_template, stop_ids, recipe, data, engine, evaluation, licences,
+#: parents, files. `base` is what `identity` returns; `evaluation` is {"metric", "before", "after"} with [score, low, high].
+Manifest = dict[str, Any]
+
+FORMAT = 1
+CONFIG, WEIGHTS, MANIFEST, CARD = "adapter_config.json", "adapter_model.safetensors", "nomoat.json", "README.md"
+ALLOWED = frozenset({CONFIG, WEIGHTS, MANIFEST, CARD, ".gitattributes"})
+MAX_JSON = 1 << 20  # bytes
+
+
+def identity(spec: ModelSpec, *, vocabulary: str, file: str) -> dict[str, Any]:
+    """Who a base model is: architecture and dimensions, vocabulary hash, and sha256 of the exact file."""
+    dimensions = {key: getattr(spec, key) for key in ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab")}
+    return {"name": spec.name, "architecture": spec.architecture, **dimensions, "vocabulary": vocabulary, "file": file}
+
+
+def check_base(manifest: Manifest, base: Mapping[str, Any]) -> str | None:
+    """Compares the manifest's base with the model at hand (both from `identity`).
+
+    Returns a note where it is another quantization of the same model, None where the file is the same or the manifest names
+    no base. Raises AdapterError E_ARCH, naming both, for another model.
+    """
+    made_for = manifest.get("base")
+    if not isinstance(made_for, dict) or not made_for:
+        return None
+    differences = [
+        f"{printable(key)} {_short(made_for[key])} instead of {_short(base.get(key))}"
+        for key in sorted(made_for)
+        if key not in ("name", "file", "source") and made_for[key] != base.get(key)
+    ]
+    theirs, ours = _short(made_for.get("name")), _short(base.get("name"))
+    if differences:
+        raise AdapterError(
+            f"this adapter was made for {theirs}, the model here is {ours}: {'; '.join(differences)}. "
+            "Use the base model that it was made for",
+            code="E_ARCH",
+        )
+    if made_for.get("file") == base.get("file"):
+        return None
+    return f"the adapter was trained on another file of {theirs} (for example another quantization); scores may differ a little"
+
+
+def load_adapter(path: Path | str, spec: ModelSpec, *, base: Mapping[str, Any] | None = None) -> tuple[Adapter, Manifest]:
+    """Reads a package. `base` (from `identity`) is compared with the manifest where there is one.
+
+    Raises NotFoundError, FileFormatError, or AdapterError: E_TYPE, E_LIMIT, E_SHAPE, E_ARCH, E_JSON, E_HASH, E_NONFINITE.
+    """
+    from nomoat.files.safetensors import open_safetensors
+
+    folder = Path(path)
+    _check_names(folder)
+    manifest = read_manifest(folder)
+    _check_files(folder, manifest)
+    if base is not None:
+        check_base(manifest, base)
+    config = parse_config(_read_json(folder / CONFIG))
+    modules = peft_modules(spec)
+    with open_safetensors(folder / WEIGHTS) as file:
+        for name, slot in file.tensors.items():  # names and shapes before any byte of the weights is read
+            (layer, target), side = place_of(name, modules)
+            rows, columns = spec.linear_shape(target)
+            fits = len(slot.shape) == 2 and 1 <= slot.shape[0 if side == "A" else 1] <= MAX_RANK
+            if layer >= spec.layers or not fits or slot.shape[1 if side == "A" else 0] != (columns if side == "A" else rows):
+                raise AdapterError(
+                    f"tensor {printable(name)} is {list(slot.shape)}; the base model {printable(spec.name)} has {spec.layers} "
+                    f"layers, and its weight there is [{rows}, {columns}]. Is this adapter for another model?",
+                    code="E_SHAPE",
+                )
+        arrays = {name: file.array(name) for name in file.tensors}
+    return from_peft(config, arrays, spec), manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """nomoat.json, or {} where there is none. Raises AdapterError E_JSON, E_LIMIT or E_TYPE."""
+    if not (folder / MANIFEST).exists():
+        return {}
+    manifest = _read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict):
+        raise AdapterError(f"{printable(str(folder))}: nomoat.json is not an object", code="E_JSON")
+    version = manifest.get("format")
+    if version != FORMAT:
+        raise AdapterError(
+            f"{printable(str(folder))}: nomoat.json has format {_short(version)}; this version of nomoat reads {FORMAT}. "
+            "A newer nomoat may read it",
+            code="E_TYPE",
+        )
+    return manifest
+
+
+def _check_names(folder: Path) -> None:
+    shown = printable(str(folder))
+    if not folder.is_dir():
+        raise NotFoundError(f"{shown}: there is no adapter folder of that name")
+    names = {entry.name: entry for entry in os.scandir(folder)}
+    if WEIGHTS not in names and "adapter_model.bin" in names:
+        raise AdapterError(
+            f"{shown} has its weights only as adapter_model.bin, a pickle, which can run code when it is read and is refused. "
+            "Convert it where you trust it: load it with peft, then save_pretrained(folder, safe_serialization=True)",
+            code="E_TYPE",
+        )
+    for name, entry in sorted(names.items()):
+        if name not in ALLOWED or not entry.is_file():
+            raise AdapterError(
+                f"{shown} holds {_short(name)}, which does not belong into an adapter. Copy {CONFIG} and {WEIGHTS} into a "
+                f"folder of their own (allowed: {', '.join(sorted(ALLOWED))})",
+                code="E_TYPE",
+            )
+    for name in (CONFIG, WEIGHTS):
+        if name not in names:
+            raise AdapterError(f"{shown} has no {name}; a PEFT adapter folder has {CONFIG} and {WEIGHTS}", code="E_JSON")
+
+
+def _check_files(folder: Path, manifest: Manifest) -> None:
+    """Sizes and digests of the manifest against the files. Raises AdapterError E_HASH."""
+    listed = manifest.get("files", {})
+    if not isinstance(listed, dict):
+        raise AdapterError(f"{printable(str(folder))}: nomoat.json: `files` is not an object", code="E_TYPE")
+    for name, record in sorted(listed.items()):
+        if name not in ALLOWED or not (folder / name).is_file() or not isinstance(record, dict):
+            raise AdapterError(f"{printable(str(folder))}: nomoat.json lists {_short(name)}, which is not there", code="E_HASH")
+        path = folder / name
+        if record.get("bytes") != path.stat().st_size or record.get("sha256") != file_digest(path):
+            raise AdapterError(
+                f"{printable(str(path))} is not the file that nomoat.json describes; it was changed or damaged. "
+                "Get the adapter again, or train it again",
+                code="E_HASH",
+            )
+
+
+def _read_json(path: Path) -> Any:
+    """Strict JSON of at most 1 MiB. NaN and infinities pass: the checks of each field name them. Raises AdapterError."""
+    shown = printable(str(path))
+    with path.open("rb") as file:
+        raw = file.read(MAX_JSON + 1)
+    if len(raw) > MAX_JSON:
+        raise AdapterError(f"{shown} is larger than {MAX_JSON:,} bytes", code="E_LIMIT")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("it has the same key twice")
+        return found
+
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:  # a UnicodeDecodeError and a JSONDecodeError are ValueErrors
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise AdapterError(f"{shown} is not valid JSON: {printable(reason)[:200]}", code="E_JSON") from None
+
+
+def save_adapter(path: Path | str, adapter: Adapter, spec: ModelSpec, manifest: Manifest, *, replace: bool = False) -> Path:
+    """Writes the package as a whole or not at all; returns its folder.
+
+    Files go to a hidden folder beside it, are synced, read back and compared, then renamed into place.
+    Raises AdapterError E_DUP where `path` exists and `replace` is off, E_NONFINITE and E_SHAPE for an adapter that does not
+    fit, OSError where the disk is full.
+    """
+    from nomoat.files.safetensors import write_safetensors
+
+    adapter.check(spec)
+    folder = Path(path)
+    if folder.exists() and not replace:
+        raise AdapterError(
+            f"{printable(str(folder))} exists already; choose another name, or replace it explicitly", code="E_DUP"
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("new", "old"))
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    new.mkdir()
+    try:
+        base = manifest.get("base", {})
+        config, arrays = to_peft(adapter, spec, base=base.get("source"))
+        write_safetensors(new / WEIGHTS, arrays, {"format": "pt"})
+        _write(new / CONFIG, _json(config))
+        _write(new / CARD, model_card(folder.name, manifest))
+        files = {name: {"bytes": (new / name).stat().st_size, "sha256": file_digest(new / name)} for name in (CONFIG, WEIGHTS)}
+        facts = {
+            "format": FORMAT,
+            "rank": adapter.rank,
+            "alpha": adapter.alpha,
+            "targets": [target for target in TARGETS if target in adapter.targets],
+        }
+        _write(new / MANIFEST, _json({**manifest, **facts, "files": files}))
+        load_adapter(new, spec)  # what was written is what will be read
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def model_card(name: str, manifest: Manifest) -> str:
+    """README.md with the front matter that model hubs read."""
+    base = manifest.get("base", {})
+    lines = ["---", "library_name: peft", "tags:", "- lora", "- nomoat", "base_model_relation: adapter"]
+    if base.get("source"):
+        lines.append(f"base_model: {base['source']}")
+    lines += ["---", "", f"# {name}", ""]
+    if base.get("name"):
+        lines += [f"An adapter for {base['name']}, trained with nomoat.", ""]
+    evaluation = manifest.get("evaluation")
+    if evaluation:
+        lines += ["| | score | 95 % interval |", "|---|---|---|"]
+        for key in ("before", "after"):
+            if evaluation.get(key):
+                score, low, high = evaluation[key]
+                lines.append(f"| {key} ({evaluation['metric']}) | {score:.3f} | {low:.3f} to {high:.3f} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _short(value: object) -> str:
+    text = printable(str(value))
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def base_identity(model: Model) -> dict[str, Any]:
+    """`identity` of a loaded model."""
+    return identity(model.spec, vocabulary=model.tokenizer.vocab_hash(), file=str(model.fingerprint.get("sha256", "")))
