@@ -1,0 +1,266 @@
+"""A plain NumPy Llama with LoRA: the oracle of the forward pass and, by complex step, of every gradient.
+
+All of it is analytic arithmetic, so it runs unchanged in float64 and in complex128. The derivative of f along v is then
+Im f(x + i h v) / h with h = 1e-30: no subtraction, hence exact to rounding (Squire and Trapp 1998). Softmax takes its
+maximum over the real part, which is a constant to the derivative. Leading axes broadcast: an A of [P, r, K] is P adapters
+at once, which is how P entries of a gradient are found in one pass.
+
+Shapes: T tokens, D width, H heads, K key/value heads, d head dimension, F MLP width, V vocabulary, r rank.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from nomoat.files.gguf import open_gguf
+from nomoat.models import ModelSpec, spec_from_gguf, spec_from_hf
+from nomoat.models.hf import read_config
+from nomoat.models.spec import TARGETS, RopeSpec
+
+Array = npt.NDArray[Any]  # float64 or complex128
+Place = tuple[int, str]  # (layer, target)
+#: (A [r, K], B [N, r], scale) of each adapted linear
+Lora = Mapping[Place, tuple[Array, Array, float]]
+
+STEP = 1e-30
+
+
+def rmsnorm(x: Array, gain: Array, eps: float) -> Array:
+    """x / sqrt(mean(x^2) + eps) * gain over the last axis."""
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * gain
+
+
+def rope(x: Array, positions: Array, spec: RopeSpec) -> Array:
+    """Rotates pairs of x [..., T, heads, d] by position * inv_freq; dimensions beyond spec.dim stay."""
+    angle = np.asarray(positions, np.float64)[:, None, None] * spec.inv_freq.astype(np.float64)
+    cos, sin = np.cos(angle) * spec.magnitude, np.sin(angle) * spec.magnitude
+    half = spec.dim // 2
+    first, second = (
+        (slice(0, spec.dim, 2), slice(1, spec.dim, 2)) if spec.interleaved else (slice(0, half), slice(half, spec.dim))
+    )
+    out = x.copy()
+    out[..., first] = x[..., first] * cos - x[..., second] * sin
+    out[..., second] = x[..., second] * cos + x[..., first] * sin
+    return out
+
+
+def softmax(scores: Array, allowed: Array | None = None) -> Array:
+    """Softmax over the last axis; entries that are not allowed get 0."""
+    real = scores.real if allowed is None else np.where(allowed, scores.real, -np.inf)
+    power = np.exp(scores - real.max(-1, keepdims=True))
+    if allowed is not None:
+        power = np.where(allowed, power, 0)
+    return power / power.sum(-1, keepdims=True)
+
+
+def log_softmax(scores: Array) -> Array:
+    """log of softmax over the last axis."""
+    shifted = scores - scores.real.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def attention(q: Array, k: Array, v: Array, allowed: Array) -> Array:
+    """Grouped-query attention: q [..., T, H, d], k and v [..., T, K, d], allowed [T, T] -> [..., T, H, d]."""
+    groups = q.shape[-2] // k.shape[-2]
+    k, v = np.repeat(k, groups, axis=-2), np.repeat(v, groups, axis=-2)  # head h reads key/value head h // groups
+    q, k, v = (np.swapaxes(x, -2, -3) for x in (q, k, v))  # [..., H, T, d]
+    weights = softmax(q @ np.swapaxes(k, -1, -2) / np.sqrt(q.shape[-1]), allowed)
+    return np.swapaxes(weights @ v, -2, -3)
+
+
+def swiglu(gate: Array, up: Array) -> Array:
+    """silu(gate) * up, with silu(x) = x / (1 + exp(-x))."""
+    return gate / (1 + np.exp(-gate)) * up
+
+
+def linear(x: Array, weight: Array, lora: tuple[Array, Array, float] | None = None) -> Array:
+    """x W^T + scale (x A^T) B^T for x [..., T, K], W [N, K]."""
+    y = x @ weight.T
+    if lora is not None:
+        a, b, scale = lora
+        y = y + scale * (x @ np.swapaxes(a, -1, -2)) @ np.swapaxes(b, -1, -2)
+    return y
+
+
+def segments(starts: Sequence[int]) -> tuple[Array, Array]:
+    """(position within its segment [T], may row attend to column [T, T]) for segment bounds 0 = s0 < s1 < ... < T."""
+    bounds = np.asarray(starts)
+    lengths = np.diff(bounds)
+    index = np.arange(bounds[-1])
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    position = index - np.repeat(bounds[:-1], lengths)
+    return position, (owner[:, None] == owner[None, :]) & (index[:, None] >= index[None, :])
+
+
+class Reference:
+    """A model in float64. `weights` by engine name, in the row order that `spec.rope` says."""
+
+    def __init__(self, spec: ModelSpec, weights: Mapping[str, Array], dtype: npt.DTypeLike = np.float64) -> None:
+        self.spec = spec
+        self.weights = {name: np.asarray(weight, dtype) for name, weight in weights.items()}
+
+    @classmethod
+    def load(cls, path: Path, dtype: npt.DTypeLike = np.float64) -> Reference:
+        """From a .gguf file, dequantized by the `gguf` package, or from a Hugging Face folder."""
+        return cls(*(weights_from_hf(path) if path.is_dir() else weights_from_gguf(path)), dtype)
+
+    def hidden(self, tokens: Sequence[int], starts: Sequence[int] | None = None, lora: Lora | None = None) -> Array:
+        """Final hidden states after the last norm, [..., T, D]."""
+        spec, w, lora = self.spec, self.weights, lora or {}
+        position, allowed = segments((0, len(tokens)) if starts is None else starts)
+        x: Array = w["embed"][np.asarray(tokens)]
+        for i in range(spec.layers):
+
+            def apply(h: Array, target: str, i: int = i) -> Array:
+                return linear(h, w[f"blk.{i}.{target}"], lora.get((i, target)))
+
+            h = rmsnorm(x, w[f"blk.{i}.attn_norm"], spec.norm_eps)
+            q, k, v = (split_heads(apply(h, target), spec.head_dim) for target in "qkv")
+            mixed = attention(rope(q, position, spec.rope), rope(k, position, spec.rope), v, allowed)
+            x = x + apply(mixed.reshape(*mixed.shape[:-2], -1), "o")
+            h = rmsnorm(x, w[f"blk.{i}.mlp_norm"], spec.norm_eps)
+            x = x + apply(swiglu(apply(h, "gate"), apply(h, "up")), "down")
+        return rmsnorm(x, w["final_norm"], spec.norm_eps)
+
+    def logits(self, tokens: Sequence[int], starts: Sequence[int] | None = None, lora: Lora | None = None) -> Array:
+        """[..., T, V]"""
+        return self.hidden(tokens, starts, lora) @ self.weights.get("head", self.weights["embed"]).T
+
+    def logprobs(
+        self,
+        tokens: Sequence[int],
+        targets: Sequence[int],
+        weights: Sequence[float],
+        starts: Sequence[int] | None = None,
+        lora: Lora | None = None,
+    ) -> Array:
+        """Log-probability of the target of every row whose weight is not 0, [..., n] in row order."""
+        rows = np.flatnonzero(np.asarray(weights))
+        hidden = self.hidden(tokens, starts, lora)[..., rows, :]
+        found = log_softmax(hidden @ self.weights.get("head", self.weights["embed"]).T)
+        return found[..., np.arange(len(rows)), np.asarray(targets)[rows]]
+
+    def loss(
+        self,
+        tokens: Sequence[int],
+        targets: Sequence[int],
+        weights: Sequence[float],
+        starts: Sequence[int] | None = None,
+        lora: Lora | None = None,
+    ) -> Array:
+        """Weighted mean cross entropy, [...]."""
+        w = np.asarray(weights, np.float64)
+        w = w[w != 0]
+        return -(self.logprobs(tokens, targets, weights, starts, lora) * w).sum(-1) / w.sum()
+
+    def gradient(
+        self,
+        place: Place,
+        part: int,
+        lora: Lora,
+        tokens: Sequence[int],
+        targets: Sequence[int],
+        weights: Sequence[float],
+        starts: Sequence[int] | None = None,
+        *,
+        entries: Iterable[int] | None = None,
+        chunk: int = 64,
+    ) -> Array:
+        """d loss / d A (part 0) or d B (part 1) at one place: all entries in its shape, or the flat `entries` asked for."""
+        whole = lora[place][part]
+        wanted = np.arange(whole.size) if entries is None else np.fromiter(entries, dtype=np.intp)
+        found = np.empty(len(wanted))
+        for begin in range(0, len(wanted), chunk):
+            some = wanted[begin : begin + chunk]
+            shifted = np.repeat(whole[None].astype(np.complex128), len(some), axis=0)
+            shifted.reshape(len(some), -1)[np.arange(len(some)), some] += 1j * STEP
+            pair = (shifted, lora[place][1]) if part == 0 else (lora[place][0], shifted)
+            changed = {**lora, place: (*pair, lora[place][2])}
+            found[begin : begin + len(some)] = self.loss(tokens, targets, weights, starts, changed).imag / STEP
+        return found.reshape(whole.shape) if entries is None else found
+
+    def derivative(
+        self,
+        directions: Mapping[Place, tuple[Array, Array]],
+        lora: Lora,
+        tokens: Sequence[int],
+        targets: Sequence[int],
+        weights: Sequence[float],
+        starts: Sequence[int] | None = None,
+    ) -> float:
+        """Derivative of the loss along (dA, dB) at the places given: equals the inner product with the gradient."""
+        changed = dict(lora)
+        for place, (da, db) in directions.items():
+            a, b, scale = lora[place]
+            changed[place] = (a + 1j * STEP * da, b + 1j * STEP * db, scale)
+        return float(self.loss(tokens, targets, weights, starts, changed).imag / STEP)
+
+    def greedy(self, tokens: Sequence[int], count: int, lora: Lora | None = None) -> list[int]:
+        """`count` most likely next tokens, each by a whole forward pass."""
+        found = list(tokens)
+        for _ in range(count):
+            found.append(int(self.logits(found, lora=lora)[-1].argmax()))
+        return found[len(tokens) :]
+
+
+def split_heads(x: Array, head_dim: int) -> Array:
+    """[..., T, heads * d] -> [..., T, heads, d]"""
+    return x.reshape(*x.shape[:-1], -1, head_dim)
+
+
+def random_lora(
+    spec: ModelSpec, rank: int, scale: float = 1.0, seed: int = 0, targets: Sequence[str] = TARGETS
+) -> dict[Place, Any]:
+    """An adapter with nothing zero, so that every gradient is: A as large as a weight, B a tenth of that. float32 values."""
+    rng = np.random.default_rng(seed)
+    found = {}
+    for layer in range(spec.layers):
+        for target in targets:
+            n, k = spec.linear_shape(target)
+            a = (rng.standard_normal((rank, k)) / np.sqrt(k)).astype(np.float32)
+            b = (0.1 * rng.standard_normal((n, rank))).astype(np.float32)
+            found[layer, target] = (a.astype(np.float64), b.astype(np.float64), scale)
+    return found
+
+
+def weights_from_gguf(path: Path) -> tuple[ModelSpec, dict[str, Array]]:
+    """The description of a GGUF and its weights, float32 by the `gguf` package."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    with open_gguf(path) as file:
+        spec = spec_from_gguf(file)
+        weights = {}
+        for engine, source in spec.tensors.items():
+            info = file.tensors[source]
+            rows = np.array(file.data(source)).reshape(*info.shape[:-1], -1)
+            kind = GGMLQuantizationType[info.type.name]
+            plain = {"F32": "<f4", "F16": "<f2"}.get(kind.name)
+            values = rows.view(plain) if plain else dequantize(rows, kind)
+            weights[engine] = np.asarray(values, np.float32).reshape(info.shape)
+    return spec, weights
+
+
+def weights_from_hf(folder: Path) -> tuple[ModelSpec, dict[str, Array]]:
+    """The description of a Hugging Face folder with one model.safetensors, and its weights as float32."""
+    raw = (folder / "model.safetensors").read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    slots = json.loads(raw[8 : 8 + size])
+    slots.pop("__metadata__", None)
+    spec = spec_from_hf(read_config(folder), slots.keys(), name=folder.name)
+    weights = {}
+    for engine, source in spec.tensors.items():
+        begin, end = slots[source]["data_offsets"]
+        data = raw[8 + size + begin : 8 + size + end]
+        if slots[source]["dtype"] == "BF16":
+            values = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+        else:
+            values = np.frombuffer(data, {"F32": "<f4", "F16": "<f2"}[slots[source]["dtype"]]).astype(np.float32)
+        weights[engine] = values.reshape(slots[source]["shape"])
+    return spec, weights
