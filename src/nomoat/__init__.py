@@ -1,6 +1,6 @@
 """Teach an open language model your own task on the computer you own.
 
-    model = nomoat.load("smollm2:135m")          a catalogue name, a file, a folder; `+adapter@weight` is for `evaluate` and the CLI
+    model = nomoat.load("smollm2:135m")          a catalogue name, a GGUF file or a Hugging Face folder
     nomoat.train(...)  nomoat.evaluate(...)      what `nomoat train` and `nomoat eval` do
 
 Importing this package imports nothing heavy; a public name loads its module when it is first used.

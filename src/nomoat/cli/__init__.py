@@ -105,7 +105,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except MemoryError:
-        return _report(given, "E_RESOURCE", "out of memory; `nomoat fit MODEL` shows what this machine can hold", OUT_OF_RESOURCES)
+        return _report(
+            given, "E_RESOURCE", "out of memory; `nomoat fit MODEL` shows what this machine can hold", OUT_OF_RESOURCES
+        )
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
