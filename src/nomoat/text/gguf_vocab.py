@@ -71,9 +71,10 @@ def _byte_level_bpe(file: GgufFile, vocabulary: Vocabulary, pre: pretokenizers.P
     import tokenizers
     from tokenizers import normalizers
 
-    merges = [(text[:cut], text[cut + 1 :]) for text in _strings(file, "merges", MAX_MERGES) if (cut := text.find(" ", 1)) > 0]
-    if len(merges) != len(file.metadata["tokenizer.ggml.merges"]):  # type: ignore[arg-type]
-        _fail(file, "E_TYPE", "tokenizer.ggml.merges has an entry that is not two tokens with a space between them")
+    merges = [tuple(text.split(" ")) for text in _strings(file, "merges", MAX_MERGES)]
+    if any(len(merge) != 2 for merge in merges):
+        wrong = next(i for i, merge in enumerate(merges) if len(merge) != 2)
+        _fail(file, "E_TYPE", f"tokenizer.ggml.merges[{wrong}] is not two tokens with one space between them")
     ids = _ids(vocabulary)
     try:
         model = tokenizers.models.BPE(vocab=ids, merges=merges, ignore_merges=pre.whole_tokens)
