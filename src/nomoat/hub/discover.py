@@ -51,7 +51,7 @@ def discover() -> list[Found]:
 
 
 def find(scheme: str, rest: str) -> Found | None:
-    """The model called `scheme:rest`. Raises FileFormatError if it is there but unusable, InputError if the name fits several files."""
+    """The model called `scheme:rest`. Raises FileFormatError if it is unusable, InputError if the name fits several files."""
     models = list(FINDERS[scheme]()) if scheme in FINDERS else []
     wanted = f"{scheme}:{rest}"
     exact = [m for m in models if m.name in (wanted, f"{wanted}:latest")]
@@ -136,7 +136,7 @@ def _ollama_model(name: str, root: Path, path: Path) -> Found:
         return Found(name, "Ollama", path, 0, "Ollama's manifest of this model cannot be read")
     models = [layer for layer in layers if layer.get("mediaType") == _OLLAMA_MODEL]
     if not models:
-        return Found(name, "Ollama", path, 0, "this Ollama model holds no GGUF file (its weights are stored in another format, or remote)")
+        return Found(name, "Ollama", path, 0, "it holds no GGUF file: its weights are in another format, or remote")
     try:
         blob = root / "blobs" / f"sha256-{parse_digest(str(models[0].get('digest')))}"
         with blob.open("rb") as file:
@@ -184,7 +184,7 @@ def _snapshot(repo: Path) -> Path | None:
         commit = ""
     snapshots = [path for path in _children(repo / "snapshots") if path.is_dir()]
     chosen = [path for path in snapshots if path.name == commit]
-    return (chosen or sorted(snapshots, key=lambda path: path.stat().st_mtime, reverse=True) or [None])[0]
+    return chosen[0] if chosen else max(snapshots, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def missing_shards(folder: Path) -> list[str]:

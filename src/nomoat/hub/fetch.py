@@ -1,21 +1,23 @@
-"""Fetch one URL into a file: resumed after any interruption, retried, and checked against a digest."""
+"""Fetch one URL into a file: resumed after any interruption, retried, and checked."""
 
 from __future__ import annotations
 
 import email.message
+import functools
 import http.client
 import re
+import ssl
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO
 
 from nomoat.errors import NetworkError, printable
-from nomoat.hub.store import hash_file
 
-#: told what is happening, bytes done, and bytes in all (0 = not known)
+#: told what is happening, bytes done, and bytes in all
 Progress = Callable[[str, int, int], None]
 
 ATTEMPTS = 6
@@ -28,61 +30,113 @@ def fetch(
     target: Path,
     *,
     size: int,
-    sha256: str | None,
+    check: Callable[[Path], bool],
     what: str,
     headers: Mapping[str, str] | None = None,
     progress: Progress | None = None,
     pause: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Fetch `url` into `target`, going on from the bytes that are there already. `size` in bytes; `sha256` 64 hex digits.
+    """Fetch `url` into `target`, going on from the bytes that are there already. `size` in bytes; `check` judges the whole file.
 
-    Tries ATTEMPTS times with growing pauses (Retry-After is honoured up to 60 s). Bytes that do not match are thrown away and
+    Tries ATTEMPTS times with growing pauses (Retry-After is honoured up to 60 s). Bytes that fail `check` are thrown away and
     fetched once more from the start. Raises NetworkError: E_HTTP for a refusal, E_NETWORK when the line stays dead, E_DIGEST for
     wrong bytes; what was fetched stays for the next time, except after E_DIGEST.
     """
-    for full in (False, True):
-        if full:
+    for again in (False, True):
+        if again:
             target.unlink(missing_ok=True)
-        _fill(url, target, size, what, dict(headers or {}), progress, pause)
-        if target.stat().st_size == size and (sha256 is None or hash_file(target) == sha256):
+        _fill(urllib.request.Request(url, headers=dict(headers or {})), target, size, what, progress, pause)
+        seen = target.stat().st_size
+        if seen == size and check(target):
             return
-    seen, start = target.stat().st_size, target.read_bytes()[:64] if target.stat().st_size < 1 << 20 else b""
+    with target.open("rb") as file:
+        start = file.read(64).lstrip()
     target.unlink()
-    page = " What came looks like a web page: a proxy or a login stands between." if start.lstrip().startswith(b"<") else ""
+    page = " What came looks like a web page: a proxy or a login stands between." if start.startswith(b"<") else ""
+    more = " and more" if seen > size else ""
     raise NetworkError(
-        f"{what}: {printable(url)} sent {seen:,} bytes that are not the expected file ({size:,} bytes"
-        f"{f', sha256 {sha256[:12]}...' if sha256 else ''}), twice.{page} Check the index or hub that is configured",
+        f"{what}: {printable(url)} sent {min(seen, size):,} bytes{more} that are not the expected file ({size:,} bytes "
+        f"of a known digest), twice.{page} Nothing was kept. Check the index or hub that is configured",
         code="E_DIGEST",
     )
 
 
+def open_url(request: urllib.request.Request | str, timeout: float = TIMEOUT) -> http.client.HTTPResponse:
+    """urlopen for http and https only, with certificates always checked and credentials never sent on to another host."""
+    address = request if isinstance(request, str) else request.full_url
+    if urllib.parse.urlsplit(address).scheme not in ("http", "https"):
+        raise NetworkError(f"{printable(address)}: expected an http or https address")
+    reply = _opener().open(request, timeout=timeout)
+    assert isinstance(reply, http.client.HTTPResponse)
+    return reply
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """urllib would hand the Authorization header to whatever host a redirect names."""
+
+    def redirect_request(
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: http.client.HTTPMessage,
+        newurl: str,
+    ) -> urllib.request.Request | None:
+        request = super().redirect_request(req, fp, code, msg, headers, newurl)
+        old, new = urllib.parse.urlsplit(req.full_url), urllib.parse.urlsplit(newurl)
+        if request is not None and (old.scheme, old.netloc) != (new.scheme, new.netloc):
+            request.remove_header("Authorization")
+        return request
+
+
+@functools.cache
+def _opener() -> urllib.request.OpenerDirector:
+    """Proxies come from the environment. Pythons built without certificates of their own (macOS) use certifi's."""
+    places = ssl.get_default_verify_paths()
+    bundle = None
+    if not (places.cafile or places.capath):
+        import certifi
+
+        bundle = certifi.where()
+    context = ssl.create_default_context(cafile=bundle)
+    return urllib.request.build_opener(urllib.request.HTTPSHandler(context=context), _Redirects())
+
+
 def _fill(
-    url: str, target: Path, size: int, what: str, headers: dict[str, str], progress: Progress | None, pause: Callable[[float], None]
+    request: urllib.request.Request,
+    target: Path,
+    size: int,
+    what: str,
+    progress: Progress | None,
+    pause: Callable[[float], None],
 ) -> None:
     """Append to `target` until it has `size` bytes or the server has no more to give."""
-    trouble = ""
+    url, trouble = printable(request.full_url), ""
     for attempt in range(ATTEMPTS):
         have = target.stat().st_size if target.exists() else 0
         if have >= size:
             return
-        wait = min(2.0**attempt * 0.5, 15.0)
-        request = urllib.request.Request(url, headers={**headers, "Range": f"bytes={have}-"} if have else headers)
+        wait = min(0.5 * 2.0**attempt, 15.0)
+        if have:
+            request.add_header("Range", f"bytes={have}-")
+        elif request.has_header("Range"):
+            request.remove_header("Range")
         try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
-                mode = "ab" if have and _continues(reply.headers, reply.status, have) else "wb"
-                with target.open(mode) as file:
+            with open_url(request) as reply:
+                start = have if have and _continues(reply.headers, reply.status, have) else 0
+                with target.open("ab" if start else "wb") as file:
                     _copy(reply, file, size, what, progress)
-            if mode == "wb" or target.stat().st_size >= size:
-                if target.stat().st_size >= size or reply.headers.get("Content-Length") is None:
-                    return
-            trouble = f"the connection closed at {target.stat().st_size:,} of {size:,} bytes"
-            if int(reply.headers.get("Content-Length") or 0) not in (0, size - (have if mode == "ab" else 0)):
-                return  # the server means to send something of another size: the caller says so
+                announced = reply.headers.get("Content-Length") or ""
+            have = target.stat().st_size
+            if have >= size or (announced.isdigit() and have >= start + int(announced)):
+                return  # all that the server has: the caller judges it
+            trouble = f"the connection closed at {have:,} of {size:,} bytes"
         except urllib.error.HTTPError as error:
-            if error.code == 416:  # our partial file is longer than what the server has
+            if error.code not in RETRY_STATUS and error.code != 416:
+                raise NetworkError(f"{what}: {url} answered {error.code} {printable(str(error.reason))}", code="E_HTTP") from None
+            if error.code == 416:  # our bytes are not a beginning of what the server has
                 target.unlink(missing_ok=True)
-            elif error.code not in RETRY_STATUS:
-                raise NetworkError(f"{what}: {printable(url)} answered {error.code} {printable(str(error.reason))}", code="E_HTTP") from None
             trouble = f"the server answered {error.code} {printable(str(error.reason))}"
             wait = max(wait, _retry_after(error.headers))
         except (OSError, http.client.HTTPException) as error:
@@ -91,18 +145,18 @@ def _fill(
         if attempt + 1 < ATTEMPTS:
             pause(wait)
     raise NetworkError(
-        f"{what}: {printable(url)} failed {ATTEMPTS} times, at last because {trouble}. "
+        f"{what}: {url} failed {ATTEMPTS} times, at last because {trouble}. "
         "What has arrived is kept: the same command goes on from there"
     )
 
 
-def _continues(headers: email.message.Message, status: int | None, have: int) -> bool:
+def _continues(headers: email.message.Message, status: int, have: int) -> bool:
     """True if the reply starts where our bytes end; a server that ignores Range sends everything again."""
     match = re.match(r"bytes (\d+)-", headers.get("Content-Range") or "")
     return status == 206 and match is not None and int(match[1]) == have
 
 
-def _copy(reply: IO[bytes], file: IO[bytes], size: int, what: str, progress: Progress | None) -> None:
+def _copy(reply: http.client.HTTPResponse, file: IO[bytes], size: int, what: str, progress: Progress | None) -> None:
     """At most one byte more than `size` is kept, so an endless reply cannot fill the disk."""
     done = file.tell()
     while done <= size and (chunk := reply.read(min(1 << 18, size + 1 - done))):

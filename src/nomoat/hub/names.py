@@ -78,7 +78,8 @@ class ModelName:
 def parse(text: str) -> ModelName:
     """Read a model name; looks at the disk only to tell a path from a catalogue name. Raises InputError, NotFoundError."""
     if not text or not text.isprintable() or len(text) > 4096:
-        raise InputError(f"model name {printable(text[:80])!r}: expected something like smollm2:135m, ./model.gguf or hf:org/repo")
+        shown = printable(text[:80])
+        raise InputError(f"model name {shown!r}: expected something like smollm2:135m, ./model.gguf or hf:org/repo")
     prefix, colon, rest = text.partition(":")
     for scheme in PREFIXES:
         if colon and prefix == scheme:

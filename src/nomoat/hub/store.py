@@ -26,6 +26,7 @@ from pathlib import Path, PurePosixPath
 
 from nomoat import settings
 from nomoat.errors import FileFormatError, NotFoundError, ResourceError, printable
+from nomoat.files.atomic import atomic_write, fsync_folder, sweep
 from nomoat.hub.lock import exclusive
 
 FORMAT = 1
@@ -95,7 +96,8 @@ class Manifest:
             name, source, licence, created = (str(record[key]) for key in ("name", "source", "licence", "created"))
             manifest = Manifest(name, files, source, licence, created, int(record["format"]))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise FileFormatError(f"not a manifest of the model store ({printable(repr(error))})", code="E_MANIFEST", path=path) from None
+            why = printable(repr(error))
+            raise FileFormatError(f"not a manifest of the model store ({why})", code="E_MANIFEST", path=path) from None
         if manifest.format != FORMAT:
             raise FileFormatError(
                 f"manifest format {manifest.format}; this version reads {FORMAT}. Update nomoat or pull the model again",
@@ -159,7 +161,8 @@ class Store:
             if size != file.size:
                 seen = "it is missing" if size < 0 else f"it has {size:,} bytes"
                 raise FileFormatError(
-                    f"the store's copy of {printable(manifest.name)} is damaged: {file.path} should have {file.size:,} bytes, {seen}. "
+                    f"the store's copy of {printable(manifest.name)} is damaged: {file.path} should have {file.size:,} bytes, "
+                    f"{seen}. "
                     f"Repair it with: nomoat pull {printable(manifest.name)}",
                     code="E_MISSING",
                     path=blob,
@@ -196,21 +199,22 @@ class Store:
             self._clear_tmp()
             for folder in (self.blobs, self.manifests, self.trees, self.partial, self.tmp):
                 folder.mkdir(parents=True, exist_ok=True)
+            sweep(self.manifests)
             try:
                 yield
             finally:
                 self._clear_tmp()
 
-    def add_blob(self, source: Path) -> StoredFile:
-        """Move a finished file (on the same disk, in tmp/ or partial/) into the store. Returns it under its own file name."""
+    def add_blob(self, source: Path, path: str) -> StoredFile:
+        """Move a finished file (in tmp/ or partial/, so on the same disk) into the store; it is `path` in its model."""
+        check_relative(path)
         digest, size = hash_file(source), source.stat().st_size
-        target = self.blobs / f"sha256-{digest}"
         with source.open("rb+") as file:
             os.fsync(file.fileno())
         source.chmod(0o444)
-        os.replace(source, target)
-        sync_folder(self.blobs)
-        return StoredFile(source.name, f"sha256:{digest}", size)
+        os.replace(source, self.blobs / f"sha256-{digest}")
+        fsync_folder(self.blobs)
+        return StoredFile(path, f"sha256:{digest}", size)
 
     def file(self, path: str, digest: str, size: int) -> StoredFile:
         """A blob of this store under the relative `path`."""
@@ -226,7 +230,8 @@ class Store:
         """Give a name to files that are in the store, replacing an earlier meaning of that name."""
         manifest = Manifest(name, files, source, licence, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
         self._build_tree(manifest)
-        self._write(self._manifest_path(name), manifest.to_json().encode())
+        with atomic_write(self._manifest_path(name)) as file:
+            file.write(manifest.to_json().encode())
         return manifest
 
     def remove(self, name: str) -> int:
@@ -235,7 +240,7 @@ class Store:
         if not path.is_file():
             raise NotFoundError(f"no model {printable(name)!r} in the store {self.root}; `nomoat models` lists what is there")
         path.unlink()
-        sync_folder(self.manifests)
+        fsync_folder(self.manifests)
         return self.gc()
 
     def gc(self, *, partial: bool = False) -> int:
@@ -270,17 +275,9 @@ class Store:
             raise FileFormatError(f"unreadable ({printable(str(error))})", code="E_MANIFEST", path=path) from None
         manifest = Manifest.from_json(text, path)
         if self._manifest_path(manifest.name) != path:
-            raise FileFormatError(f"holds the name {printable(manifest.name)!r}, which belongs elsewhere", code="E_MANIFEST", path=path)
+            shown = printable(manifest.name)
+            raise FileFormatError(f"holds the name {shown!r}, which belongs elsewhere", code="E_MANIFEST", path=path)
         return manifest
-
-    def _write(self, path: Path, content: bytes) -> None:
-        scratch = self.tmp / path.name
-        with scratch.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-        sync_folder(path.parent)
 
     def _blob_fault(self, file: StoredFile, *, deep: bool) -> str | None:
         blob = self.blob_path(file.digest)
@@ -307,17 +304,6 @@ class Store:
 
     def _clear_tmp(self) -> None:
         shutil.rmtree(self.tmp, ignore_errors=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut (Windows has no such call and needs none)."""
-    if os.name == "nt":
-        return
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _same(link: Path, blob: Path) -> bool:
