@@ -31,7 +31,7 @@ class Pack:
 
     tokens: I32  # [M]
     starts: I32  # [S + 1] row where each segment begins; the last entry is M
-    targets: I32  # [M] next token of the same example, -1 where it has none
+    targets: I32  # [M] next token of the same example
     weights: F32  # [M] loss weight of that target
     examples: tuple[int, ...]  # [S] index of each segment's example
 

@@ -18,9 +18,10 @@ from typing import BinaryIO, Protocol
 from nomoat.data.strict_json import MAX_DEPTH
 from nomoat.errors import DataError
 
-# One row, in bytes: about half a million tokens. Text may grow fourfold when decoded (one emoji makes Python use four
-# bytes for every character) and is held twice while parsed, which is what bounds a rejected file to 16 MiB.
-MAX_ROW_BYTES = 2 << 20
+# One row: about a quarter of a million tokens. Text may grow fourfold when decoded (one emoji makes Python use four
+# bytes for every character) and is held twice while parsed, beside the objects that strict_json.MAX_VALUES allows:
+# together that keeps a rejected file under 16 MiB.
+MAX_ROW_BYTES = 1 << 20
 _CHUNK_BYTES = 64 << 10
 
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # UTF-32 LE starts with the first of them
@@ -82,9 +83,7 @@ def check_unchanged(path: Path, digest: str) -> None:
     """Raises DataError E_HASH when the file is not the one that was read (call at epoch edges and on resume)."""
     found = file_digest(path)
     if found != digest:
-        message = (
-            f"the file changed since it was read (sha256 {found[:12]}..., expected {digest[:12]}...). Start a new run"
-        )
+        message = f"the file changed since it was read (sha256 {found[:12]}..., expected {digest[:12]}...). Start a new run"
         raise DataError(message, code="E_HASH", path=path)
 
 
