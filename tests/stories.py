@@ -1,7 +1,7 @@
 """stories260K (llama2.c checkpoint, version 0) as a GGUF: a real trained model of 260,000 weights with a published greedy text.
 
-The checkpoint is seven int32 (width, ffn, layers, heads, kv_heads, vocab, context) and float32 weights, layer by layer within each
-kind; its rotation is interleaved, as in GGUF. The vocabulary file is int32 longest, then float32 score, int32 length, bytes per token.
+The checkpoint is seven int32 (width, ffn, layers, heads, kv_heads, vocab, context), then float32 weights, kind by kind and layer
+by layer; its rotation is interleaved, as in GGUF. The vocabulary is an int32, then per token float32 score, int32 length, bytes.
 """
 
 from __future__ import annotations

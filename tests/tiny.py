@@ -124,17 +124,22 @@ def tiny_llama(
     seed: int = 0,
     weights: Weights | None = None,
     metadata: dict[str, Any] | None = None,
+    extra: Weights | None = None,
     tokenizer: bool = True,
     **dimensions: Any,
 ) -> Path:
     """Writes a GGUF with all matrices in `type` and returns its path. Widths must be multiples of the type's block.
 
-    `metadata` replaces keys (None drops one). For Q4_K, Q5_K and Q6_K the blocks are random: only decoding matters.
+    `metadata` replaces keys (None drops one); `extra` adds F32 tensors by their GGUF names. For Q4_K, Q5_K and Q6_K the blocks
+    are random: only decoding matters.
     """
     shape = Shape(**dimensions)
     weights = tiny_weights(shape, seed) if weights is None else weights
     keys = _gguf_keys(shape) | (_gguf_tokenizer(shape.vocab) if tokenizer else {}) | (metadata or {})
-    writer = gguf.GGUFWriter(path, keys.pop("general.architecture", None) or "llama")
+    architecture = keys.pop("general.architecture", "llama")
+    writer = gguf.GGUFWriter(path, architecture or "llama")
+    if architecture is None:
+        del writer.kv_data[0]["general.architecture"]
     for key, value in keys.items():
         _add(writer, key, value)
     if shape.rope_scaling and shape.rope_scaling["rope_type"] == "llama3":
@@ -144,6 +149,8 @@ def tiny_llama(
         if engine.endswith((".q", ".k")):
             matrix = interleave(matrix, shape.heads if engine.endswith("q") else shape.kv_heads)
         write_tensor(writer, source_name(engine, hf=False), matrix, type if matrix.ndim == 2 else "F32", rng)
+    for name, tensor in (extra or {}).items():
+        writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
