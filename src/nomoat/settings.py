@@ -52,6 +52,11 @@ def runs_dir() -> Path:
     return data_dir() / "runs"
 
 
+def history_file() -> Path:
+    """What was typed into `nomoat run`; readable by its owner only."""
+    return data_dir() / "history"
+
+
 def offline() -> bool:
     """True when the environment forbids opening sockets."""
     return os.environ.get(OFFLINE_VARIABLE, "") not in ("", "0")

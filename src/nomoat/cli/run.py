@@ -1,0 +1,151 @@
+"""`nomoat run`: chat with a model, or answer one prompt."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+from nomoat.errors import InputError
+
+if TYPE_CHECKING:
+    from nomoat.cli.conversation import Conversation
+
+#: Characters read from a pipe: far more than any context holds, and a bound on memory.
+MAX_STDIN = 16 << 20
+
+
+@click.command("run")
+@click.argument("model")
+@click.argument("prompt", nargs=-1)
+@click.option("--system", metavar="TEXT", help="System message.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0.0, 10.0),
+    help="0 takes the likeliest token. [default: 0.7; with an adapter 0, as in training and eval]",
+)
+@click.option("--top-p", type=click.FloatRange(0.0, 1.0, min_open=True), default=0.95, show_default=True, help="Nucleus.")
+@click.option("--top-k", type=click.IntRange(0), default=0, help="Only the K likeliest tokens; 0 = all.")
+@click.option("--min-p", type=click.FloatRange(0.0, 1.0), default=0.0, help="Drop tokens below this share of the likeliest.")
+@click.option(
+    "--repetition-penalty", type=click.FloatRange(0.0, 10.0, min_open=True), default=1.0, help="Above 1: fewer repeats."
+)
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Same seed, same answer. [default: a new one each time]")
+@click.option("--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Longest answer.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated.")
+@click.option("--stats", is_flag=True, help="Show tokens per second (one prompt: on stderr).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object with text, tokens and timings.")
+def command(
+    model: str,
+    prompt: tuple[str, ...],
+    system: str | None,
+    temperature: float | None,
+    top_p: float,
+    top_k: int,
+    min_p: float,
+    repetition_penalty: float,
+    seed: int | None,
+    max_tokens: int,
+    stop: tuple[str, ...],
+    stats: bool,
+    as_json: bool,
+) -> None:
+    """Chat with MODEL, or answer PROMPT.
+
+    MODEL is a name, a file or a folder, with adapters behind it: smollm2:135m+tickets@0.8+polite.
+    Text that is piped in follows PROMPT, or is the prompt.
+
+    \b
+    nomoat run smollm2:135m
+    nomoat run smollm2:135m "Why is the sky blue?"
+    cat letter.txt | nomoat run smollm2:135m "Summarise this letter:"
+    """
+    began = time.perf_counter()
+    question = _question(prompt)
+    if question is None and as_json:
+        raise click.UsageError("--json needs a PROMPT or text on stdin")
+    from nomoat.adapters.open import open_model
+    from nomoat.cli.conversation import Conversation
+    from nomoat.engine.generate import Sampling
+
+    opened, stack = open_model(model, download=True)
+    if temperature is None:
+        temperature = 0.7 if stack is None else 0.0
+    if seed is None:
+        seed = int.from_bytes(os.urandom(4)) >> 1
+    sampling = Sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        max_tokens=max_tokens,
+        stop=stop,
+    )
+    conversation = Conversation(opened, sampling, stack=stack, system=system)
+    load_seconds = time.perf_counter() - began
+    if question is None:
+        from nomoat.cli.chat import start
+        from nomoat.settings import history_file
+
+        start(conversation, f"{model}, context {opened.spec.context:,} tokens", stats=stats, history=history_file())
+    elif as_json:
+        _print_json(conversation, question, model, seed, load_seconds)
+    else:
+        _print_text(conversation, question, stats)
+
+
+def _question(prompt: tuple[str, ...]) -> str | None:
+    """The prompt from the arguments and what is piped in; None if there is neither, and a person sits at the terminal."""
+    words = " ".join(prompt)
+    if sys.stdin is None or sys.stdin.isatty():
+        return words or None
+    # With a PROMPT only pipes and files are read: a service manager's or an editor's open socket would never end.
+    if not words or _is_pipe_or_file():
+        piped = sys.stdin.buffer.read(MAX_STDIN + 1)
+        if len(piped) > MAX_STDIN:
+            raise InputError(f"more than {MAX_STDIN >> 20} MiB on stdin: expected a prompt", code="E_LIMIT")
+        try:
+            text = piped.decode().strip()
+        except UnicodeDecodeError as fault:
+            raise InputError(f"stdin is not UTF-8 text (byte {fault.start:,})", code="E_UTF8") from None
+        words = f"{words}\n\n{text}" if words and text else words or text
+    if not words:
+        raise InputError('no prompt: stdin is empty. Give one (nomoat run MODEL "Hello") or pipe text in', code="E_EMPTY")
+    return words
+
+
+def _is_pipe_or_file() -> bool:
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError):
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+
+
+def _print_text(conversation: Conversation, question: str, stats: bool) -> None:
+    from nomoat.cli.terminal import TerminalText
+
+    shown, last = TerminalText(), "\n"
+    for piece in conversation.ask(question):
+        text = shown.push(piece)
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        last = text[-1:] or last
+    if last != "\n":
+        sys.stdout.write("\n")
+    if stats:
+        click.echo(conversation.timing.line(), err=True)
+
+
+def _print_json(conversation: Conversation, question: str, model: str, seed: int, load_seconds: float) -> None:
+    import json
+
+    text = "".join(conversation.ask(question))
+    body = {"model": model, "text": text, "seed": seed, "load_seconds": round(load_seconds, 4)} | conversation.timing.as_dict()
+    click.echo(json.dumps(body))  # ASCII: control characters of the answer stay escaped

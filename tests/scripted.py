@@ -1,0 +1,120 @@
+"""A model whose answers are written down: for tests of what surrounds the engine."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+BOS, EOS = 1, 2
+FIRST_BYTE = 3  # token of byte b is b + FIRST_BYTE
+
+
+class ByteTokenizer:
+    """One token per byte."""
+
+    vocab_size = 256 + FIRST_BYTE
+    bos_id = BOS
+    eos_ids = frozenset({EOS})
+
+    def __init__(self, *, add_bos: bool = False) -> None:
+        self.add_bos = add_bos
+
+    def encode(self, text: str, *, parse_special: bool = False, add_bos: bool | None = None) -> list[int]:
+        start = [BOS] if (self.add_bos if add_bos is None else add_bos) else []
+        return start + [b + FIRST_BYTE for b in text.encode()]
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        return bytes(i - FIRST_BYTE for i in ids if i >= FIRST_BYTE).decode("utf-8", "replace")
+
+
+class PlainTemplate:
+    """`role: content` lines."""
+
+    def render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **_: Any) -> str:
+        text = "".join(f"{m['role']}: {m['content']}\n" for m in messages)
+        return text + ("assistant: " if add_generation_prompt else "")
+
+    def encode(
+        self, tokenizer: ByteTokenizer, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **_: Any
+    ) -> list[int]:
+        return tokenizer.encode(self.render(messages, add_generation_prompt=add_generation_prompt))
+
+
+@dataclass
+class ScriptedModel(Any):  # type: ignore[misc]  # Any: stands in for a Model wherever one is wanted
+    """`answer(prompt text) -> answer text`. `logprob(previous token, token)` is what `logprobs` returns for each target."""
+
+    answer: Callable[[str], str] = lambda prompt: ""
+    logprob: Callable[[int, int], float] = lambda previous, token: -1.0
+    context: int = 4096
+    tokenizer: ByteTokenizer = field(default_factory=ByteTokenizer)
+    template: PlainTemplate | None = field(default_factory=PlainTemplate)
+    prompts: list[str] = field(default_factory=list)
+
+    @property
+    def spec(self) -> types.SimpleNamespace:
+        return types.SimpleNamespace(context=self.context, vocab=self.tokenizer.vocab_size)
+
+    def logprobs(self, pack: Any, *, stack: Any = None, precision: str = "int8") -> npt.NDArray[np.float32]:
+        rows = np.flatnonzero(pack.weights)
+        return np.array([self.logprob(int(pack.tokens[r]), int(pack.targets[r])) for r in rows], np.float32)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Completion:
+    tokens: list[int]
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+
+
+class Session:
+    def __init__(self, model: ScriptedModel, *, stack: Any = None) -> None:
+        self.model = model
+
+
+def generate(
+    model: ScriptedModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    stacks: Sequence[Any] | None = None,
+    max_batch: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Completion]:
+    done = []
+    for prompt in prompts:
+        text = "".join(stream(model, prompt, sampling))
+        reason = "length" if len(text.encode()) >= sampling.max_tokens else "stop"
+        done.append(Completion(model.tokenizer.encode(text, add_bos=False), text, reason, len(prompt)))
+        if progress:
+            progress(len(done), len(prompts))
+    return done
+
+
+def stream(
+    model: ScriptedModel, prompt: Sequence[int], sampling: Sampling, *, stack: Any = None, session: Any = None
+) -> Iterator[str]:
+    """The scripted answer, a character at a time; `sampling.max_tokens` counts characters."""
+    asked = model.tokenizer.decode(prompt)
+    model.prompts.append(asked)
+    yield from model.answer(asked)[: sampling.max_tokens]

@@ -1,0 +1,275 @@
+"""`nomoat run`: the chat loop, its commands, Ctrl-C, one-shot answers from argument and pipe, and safe terminal output."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
+
+import scripted
+from nomoat.cli.chat import Chat, ctrl_c_as_flag
+from nomoat.cli.conversation import Conversation
+from nomoat.cli.run import command
+from nomoat.cli.terminal import TerminalText, plain
+from nomoat.errors import InputError
+from scripted import Sampling, ScriptedModel
+
+Lines = list[str | BaseException]
+
+
+@pytest.fixture(autouse=True)
+def _engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nomoat.engine.generate", scripted)
+
+
+def chat_with(model: ScriptedModel, lines: Lines, *, max_tokens: int = 100, stats: bool = False) -> tuple[Chat, str]:
+    """Run a chat that types `lines` (an exception in it is raised by the prompt), then Ctrl-D. Gives the screen too."""
+    script = iter(lines)
+
+    def read(prompt: str) -> str:
+        out.write(prompt)
+        line = next(script, EOFError())
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    out = io.StringIO()
+    chat = Chat(Conversation(model, Sampling(max_tokens=max_tokens)), read=read, out=out, stats=stats)
+    chat.loop()
+    return chat, out.getvalue()
+
+
+def test_a_conversation_remembers_what_was_said() -> None:
+    model = ScriptedModel(answer=lambda prompt: "Ada." if "Ada" in prompt else "Who are you?")
+    chat, screen = chat_with(model, ["Hello", "I am Ada", "Who am I?"])
+    assert "Who are you?\n" in screen
+    assert screen.count("Ada.\n") == 2
+    assert model.prompts[-1] == (
+        "user: Hello\nassistant: Who are you?\nuser: I am Ada\nassistant: Ada.\nuser: Who am I?\nassistant: "
+    )
+    assert [m["role"] for m in chat.conversation.messages] == ["user", "assistant"] * 3
+
+
+def test_messages_of_several_lines() -> None:
+    model = ScriptedModel(answer=lambda prompt: "ok")
+    chat_with(model, ["one \\", "two", '"""', "/clear is text here", "  kept", '"""', "", "   "])
+    assert model.prompts[0] == "user: one \ntwo\nassistant: "
+    assert model.prompts[1].endswith("user: /clear is text here\n  kept\nassistant: ")
+    assert len(model.prompts) == 2
+
+
+def test_commands(tmp_path: Path) -> None:
+    model = ScriptedModel(answer=lambda prompt: "fine")
+    saved = tmp_path / "talk.jsonl"
+    chat, screen = chat_with(
+        model,
+        [
+            "/help",
+            "/save x",
+            "/system Be brief.",
+            "How?",
+            "/stats",
+            f"/save {saved}",
+            "/clear",
+            "Again?",
+            f"/save {saved}",
+            "/nonsense",
+            "/exit",
+            "never",
+        ],
+    )
+    assert "/clear" in screen
+    assert "Ctrl-C" in screen
+    assert "nothing to save yet" in screen
+    assert model.prompts == ["system: Be brief.\nuser: How?\nassistant: ", "system: Be brief.\nuser: Again?\nassistant: "]
+    assert "4 tokens" in screen
+    assert "unknown command /nonsense" in screen
+    rows = [json.loads(line) for line in saved.read_text().splitlines()]
+    assert [m["content"] for m in rows[0]["messages"]] == ["Be brief.", "How?", "fine"]
+    assert len(rows) == 2
+    assert chat.stats
+
+
+def test_saved_conversations_are_training_data(tmp_path: Path) -> None:
+    from nomoat.data.readers import read_examples
+
+    saved = tmp_path / "talk.jsonl"
+    chat_with(ScriptedModel(answer=lambda prompt: "fine"), ["How?", f"/save {saved}"])
+    (row,) = read_examples(saved)
+    assert [m["content"] for m in row.messages] == ["How?", "fine"]
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stream(model: ScriptedModel, prompt: list[int], *_: object, **__: object) -> Iterator[str]:
+        if "again" in model.tokenizer.decode(prompt):
+            yield from "still here"
+            return
+        yield "so far"
+        signal.raise_signal(signal.SIGINT)
+        yield "!"
+        yield "never shown"
+
+    monkeypatch.setattr(scripted, "stream", stream)
+    chat, screen = chat_with(ScriptedModel(), ["go", "again"])
+    assert "so far!\n[stopped]\n" in screen
+    assert "never shown" not in screen
+    assert "still here" in screen
+    assert chat.conversation.messages[1] == {"role": "assistant", "content": "so far!"}
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_interrupts() -> None:
+    with ctrl_c_as_flag() as stopped:
+        assert not stopped()
+        signal.raise_signal(signal.SIGINT)
+        assert stopped()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_at_the_prompt_says_how_to_leave() -> None:
+    model = ScriptedModel(answer=lambda prompt: "hi")
+    _, screen = chat_with(model, [KeyboardInterrupt(), "Hello"])
+    assert "Ctrl-D or /exit leaves" in screen
+    assert "hi\n" in screen
+
+
+def test_an_answer_at_its_limit_says_so() -> None:
+    _, screen = chat_with(ScriptedModel(answer=lambda prompt: "x" * 50), ["go"], max_tokens=7)
+    assert "xxxxxxx\n[the limit of 7 tokens is reached" in screen
+
+
+def test_a_conversation_that_outgrows_the_context_is_refused_and_can_go_on() -> None:
+    model = ScriptedModel(answer=lambda prompt: "ok", context=60)
+    chat, screen = chat_with(model, ["short", "x" * 60, "/clear", "short"])
+    assert "the context of this model 60" in screen
+    assert len(model.prompts) == 2
+    assert len(chat.conversation.messages) == 2
+
+
+def test_an_answer_never_exceeds_the_context() -> None:
+    model = ScriptedModel(answer=lambda prompt: "y" * 500, context=64)
+    conversation = Conversation(model, Sampling(max_tokens=400))
+    prompt = len("user: hi\nassistant: ")
+    assert len("".join(conversation.ask("hi"))) == 64 - prompt
+    assert conversation.timing.finish_reason == "length"
+
+
+# ---- one-shot
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Runs `nomoat run MODEL ...` on a scripted model that echoes the last thing the user said."""
+    import nomoat.adapters.open
+
+    def echo(prompt: str) -> str:
+        return prompt.rsplit("user: ", 1)[1].removesuffix("\nassistant: ")
+
+    model = ScriptedModel(answer=echo)
+
+    def open_model(name: str, **_: object) -> tuple[ScriptedModel, object]:
+        return model, object() if "+" in name else None
+
+    monkeypatch.setattr(nomoat.adapters.open, "open_model", open_model)
+
+    def invoke(*arguments: str, stdin: bytes | None = None) -> Result:
+        return CliRunner().invoke(command, ["tiny", *arguments], input=stdin, catch_exceptions=True)
+
+    return invoke
+
+
+def test_one_prompt_from_the_arguments(run: Callable[..., Result]) -> None:
+    result = run("Hello", "there")
+    assert (result.exit_code, result.stdout) == (0, "Hello there\n")
+
+
+def test_one_prompt_from_a_pipe(run: Callable[..., Result]) -> None:
+    assert run(stdin="Grüße\n".encode()).stdout == "Grüße\n"
+
+
+def test_a_pipe_that_is_not_text_or_empty(run: Callable[..., Result]) -> None:
+    for stdin, code in ((b"\xff\xfe", "E_UTF8"), (b"", "E_EMPTY"), (b" \n", "E_EMPTY")):
+        result = run(stdin=stdin)
+        assert isinstance(result.exception, InputError)
+        assert result.exception.code == code
+
+
+def test_json_output_keeps_the_exact_text(run: Callable[..., Result]) -> None:
+    result = run("--json", "--seed", "7", "--system", "Be brief.", "a\x1b[31mb")
+    body = json.loads(result.stdout)
+    assert body["text"] == "a\x1b[31mb"
+    assert "\x1b" not in result.stdout
+    assert (body["seed"], body["tokens"], body["finish_reason"]) == (7, 7, "stop")
+    assert {"prompt_tokens", "first_token_seconds", "seconds", "tokens_per_second", "load_seconds"} <= body.keys()
+
+
+def test_plain_output_holds_no_escape_sequences(run: Callable[..., Result]) -> None:
+    assert run("a\x1b[31mb\x1b]0;title\x07c\r\x08d").stdout == "abcd\n"
+
+
+def test_stats_go_to_stderr(run: Callable[..., Result]) -> None:
+    result = run("--stats", "hello")
+    assert result.stdout == "hello\n"
+    assert "[5 tokens," in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "temperature"), [("tiny", [], 0.7), ("tiny+a", [], 0.0), ("tiny+a", ["--temperature", "1"], 1.0)]
+)
+def test_temperature(
+    model: str, given: list[str], temperature: float, run: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Sampling] = []
+    original = scripted.stream
+
+    def stream(model: object, prompt: object, sampling: Sampling, **rest: object) -> Iterator[str]:
+        seen.append(sampling)
+        return original(model, prompt, sampling, **rest)
+
+    monkeypatch.setattr(scripted, "stream", stream)
+    CliRunner().invoke(command, [model, *given, "--stop", "END", "hello"], catch_exceptions=False)
+    assert [s.temperature for s in seen] == [temperature]
+    assert seen[0].stop == ("END",)
+    assert seen[0].top_p == 0.95
+
+
+# ---- what may reach a terminal
+
+
+@pytest.mark.parametrize(
+    ("raw", "shown"),
+    [
+        ("a\x1b[1;31mred\x1b[0m", "ared"),
+        ("\x1b]8;;http://x\x1b\\link\x1b]8;;\x07", "link"),
+        ("\x9b2Jgone", "gone"),
+        ("\x1b(Btext", "text"),
+        ("a\rb\x08c\x7fd\x00e\x85f", "abcdef"),
+        ("tab\tline\n", "tab\tline\n"),
+        ("\x1b]0;never closed\nnext", "\nnext"),
+        ("\x1b[" + "1;" * 500 + "m", None),
+        ("gnol\u202e", "gnol"),
+        ("👩\u200d💻 नमस्ते", "👩\u200d💻 नमस्ते"),
+    ],
+)
+def test_escape_sequences_and_controls_are_removed(raw: str, shown: str | None) -> None:
+    whole = plain(raw)
+    pieces = TerminalText()
+    assert "".join(pieces.push(c) for c in raw) == whole
+    assert whole == shown if shown is not None else "\x1b" not in whole
+
+
+@given(st.lists(st.text(st.sampled_from("ab[];\\m\x07\x1b\x9b\x9d\n\x00"), max_size=6), max_size=6))
+def test_no_control_character_ever_gets_through(pieces: list[str]) -> None:
+    terminal = TerminalText()
+    shown = "".join(terminal.push(piece) for piece in pieces)
+    assert all(c == "\n" or c.isprintable() for c in shown)
+    assert shown.count("\n") == "".join(pieces).count("\n")
