@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 from nomoat.adapters.convert.peft import MAX_RANK, from_peft, parse_config, peft_modules, place_of, to_peft
 from nomoat.engine.stack import Adapter
 from nomoat.errors import AdapterError, NotFoundError, printable
+from nomoat.files.atomic import atomic_folder, sweep
+from nomoat.files.safetensors import open_safetensors, write_safetensors
 from nomoat.models.spec import TARGETS, ModelSpec
 
 if TYPE_CHECKING:
@@ -74,8 +75,6 @@ def load_adapter(path: Path | str, spec: ModelSpec, *, base: Mapping[str, Any] |
 
     Raises NotFoundError, FileFormatError, or AdapterError: E_TYPE, E_LIMIT, E_SHAPE, E_ARCH, E_JSON, E_HASH, E_NONFINITE.
     """
-    from nomoat.files.safetensors import open_safetensors
-
     folder = Path(path)
     _check_names(folder)
     manifest = read_manifest(folder)
@@ -180,45 +179,32 @@ def _read_json(path: Path) -> Any:
 def save_adapter(path: Path | str, adapter: Adapter, spec: ModelSpec, manifest: Manifest, *, replace: bool = False) -> Path:
     """Writes the package as a whole or not at all; returns its folder.
 
-    Files go to a hidden folder beside it, are synced, read back and compared, then renamed into place.
     Raises AdapterError E_DUP where `path` exists and `replace` is off, E_NONFINITE and E_SHAPE for an adapter that does not
-    fit, OSError where the disk is full.
+    fit the model, ResourceError where the disk is full.
     """
-    from nomoat.files.safetensors import write_safetensors
-
     adapter.check(spec)
     folder = Path(path)
     if folder.exists() and not replace:
         raise AdapterError(
-            f"{printable(str(folder))} exists already; choose another name, or replace it explicitly", code="E_DUP"
+            f"{printable(str(folder))} exists already; choose another name, or replace it on purpose", code="E_DUP"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("new", "old"))
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    new.mkdir()
-    try:
-        base = manifest.get("base", {})
-        config, arrays = to_peft(adapter, spec, base=base.get("source"))
+    sweep(folder.parent)
+    with atomic_folder(folder) as new:
+        config, arrays = to_peft(adapter, spec, base=manifest.get("base", {}).get("source"))
         write_safetensors(new / WEIGHTS, arrays, {"format": "pt"})
-        _write(new / CONFIG, _json(config))
-        _write(new / CARD, model_card(folder.name, manifest))
+        (new / CONFIG).write_text(_json(config), encoding="utf-8")
+        (new / CARD).write_text(model_card(folder.name, manifest), encoding="utf-8")
         files = {name: {"bytes": (new / name).stat().st_size, "sha256": file_digest(new / name)} for name in (CONFIG, WEIGHTS)}
         facts = {
             "format": FORMAT,
             "rank": adapter.rank,
             "alpha": adapter.alpha,
             "targets": [target for target in TARGETS if target in adapter.targets],
+            "files": files,
         }
-        _write(new / MANIFEST, _json({**manifest, **facts, "files": files}))
+        (new / MANIFEST).write_text(_json({**manifest, **facts}), encoding="utf-8")
         load_adapter(new, spec)  # what was written is what will be read
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-        sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
@@ -246,22 +232,6 @@ def file_digest(path: Path) -> str:
     """sha256 of a file, hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _json(value: Mapping[str, Any]) -> str:

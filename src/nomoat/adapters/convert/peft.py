@@ -48,10 +48,11 @@ UNSUPPORTED: Mapping[str, str] = MappingProxyType(
 )
 #: Fields without influence on the result: provenance, training-time settings, or what the tensor names say better.
 IGNORED = frozenset(
-    "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules "
-    "exclude_modules lora_alpha lora_dropout bias use_rslora init_lora_weights layers_to_transform layers_pattern rank_pattern "
-    "alpha_pattern megatron_core loftq_config eva_config corda_config lora_ga_config qalora_group_size runtime_config "
-    "ensure_weight_tying parent_library".split()
+    {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r"}
+    | {"target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "bias", "use_rslora", "init_lora_weights"}
+    | {"layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_core", "parent_library"}
+    | {"loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config"}
+    | {"ensure_weight_tying"}
 )
 #: Initializations that leave the base weights as they are; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA subtract from them.
 PLAIN_INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")

@@ -1,0 +1,210 @@
+"""What a training run will do and what it needs, before anything starts."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nomoat.errors import InputError, ResourceError, printable
+from nomoat.models.spec import TARGETS, ModelSpec
+
+#: (largest number of weights, learning rate): what LoRA of all linears at rank 16 learns best with when no probe is run.
+DEFAULT_LEARNING_RATES = ((300e6, 1e-3), (1.5e9, 5e-4), (4e9, 3e-4), (math.inf, 2e-4))
+
+MAX_STEPS = 10_000_000
+#: Resident beside weights and activations: interpreter, libraries, data set, native scratch.
+PROCESS_BYTES = 150 << 20
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Everything that decides the numbers of a run (and, last, when to save). Checked when made: InputError E_LIMIT.
+
+    warmup              fraction of all steps
+    max_tokens          rows of one micro-batch; bounds the memory of activations
+    context             longest example in tokens; None: what the model was trained for, at most 2,048
+    validation          fraction of the rows held out, at most `validation_rows`; 0 keeps none
+    evaluations         how often validation loss is measured in the run
+    learning_rate       None: by probe where the run is long enough to pay for it, else by model size
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = TARGETS
+    epochs: int = 1
+    max_steps: int | None = None
+    batch_sequences: int = 16
+    learning_rate: float | None = None
+    schedule: str = "linear"
+    warmup: float = 0.03
+    clip: float = 1.0
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    seed: int = 0
+    max_tokens: int = 1024
+    context: int | None = None
+    validation: float = 0.05
+    validation_rows: int = 100
+    evaluations: int = 4
+    precision: str = "bf16"
+    checkpoint_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        self._whole("rank", 1, 4096)
+        self._whole("epochs", 1, 10_000)
+        self._whole("batch_sequences", 1, 65_536)
+        self._whole("max_tokens", 16, 1 << 20)
+        self._whole("validation_rows", 0, 1 << 30)
+        self._whole("evaluations", 1, 100_000)
+        self._whole("seed", 0, (1 << 63) - 1)
+        if self.max_steps is not None:
+            self._whole("max_steps", 1, MAX_STEPS)
+        if self.context is not None:
+            self._whole("context", 2, 1 << 20)
+        self._real("alpha", 0, 1e6, above=True)
+        self._real("clip", 0, 1e6, above=True)
+        self._real("eps", 0, 1, above=True)
+        self._real("warmup", 0, 0.5)
+        self._real("weight_decay", 0, 1)
+        self._real("beta1", 0, 0.9999)
+        self._real("beta2", 0, 0.999999)
+        self._real("validation", 0, 0.5)
+        self._real("checkpoint_seconds", 0, math.inf)
+        if self.learning_rate is not None:
+            self._real("learning_rate", 0, 1, above=True)
+        self._one_of("schedule", ("linear", "cosine", "constant"))
+        self._one_of("precision", ("bf16", "f32"))
+        if not self.targets or len(set(self.targets)) != len(self.targets) or not set(self.targets) <= set(TARGETS):
+            shown = printable(", ".join(map(str, self.targets)))
+            raise InputError(f"targets: {shown or 'none'}; choose one or more of {', '.join(TARGETS)}", code="E_LIMIT")
+
+    def _whole(self, name: str, low: int, high: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise InputError(f"{name} is {value!r}; expected a whole number from {low} to {high}", code="E_LIMIT")
+
+    def _real(self, name: str, low: float, high: float, *, above: bool = False) -> None:
+        value = getattr(self, name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not low <= value <= high or (above and value == low):  # NaN fails the comparison
+            least = "above" if above else "at least"
+            raise InputError(f"{name} is {value!r}; expected a number {least} {low:g} and at most {high:g}", code="E_LIMIT")
+
+    def _one_of(self, name: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) not in choices:
+            raise InputError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}", code="E_LIMIT")
+
+    def check_model(self, spec: ModelSpec) -> None:
+        """Raises InputError E_LIMIT where the options do not fit the model."""
+        smallest = min(min(spec.linear_shape(target)) for target in self.targets)
+        if self.rank > smallest:
+            raise InputError(f"rank is {self.rank}, but the narrowest adapted matrix of the model has {smallest}", code="E_LIMIT")
+        if self.context is not None and self.context > spec.context:
+            raise InputError(f"context is {self.context}; the model was trained for {spec.context} tokens", code="E_LIMIT")
+
+    def identity(self) -> dict[str, Any]:
+        """The options that decide numbers, as JSON values."""
+        values = asdict(self)
+        del values["checkpoint_seconds"]
+        return values | {"targets": list(self.targets)}
+
+
+def default_learning_rate(spec: ModelSpec) -> float:
+    """Learning rate by size of the model, where no probe is run."""
+    return next(rate for largest, rate in DEFAULT_LEARNING_RATES if spec.parameters() <= largest)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Numbers of the run. `tokens` and `loss_tokens` are those of one epoch; bytes are estimates."""
+
+    rows: int
+    validation_rows: int
+    steps: int
+    steps_per_epoch: int
+    tokens: int
+    loss_tokens: int
+    longest: int
+    trainable: int
+    memory_bytes: int
+    disk_bytes: int
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def make_plan(
+    options: TrainOptions,
+    spec: ModelSpec,
+    *,
+    rows: int,
+    validation_rows: int,
+    tokens: int,
+    loss_tokens: int,
+    longest: int,
+    weight_bytes: int,
+) -> Plan:
+    """Counts steps and estimates memory and disk. Raises InputError E_LIMIT for a run of too many steps, E_DATA for no rows."""
+    options.check_model(spec)
+    if rows < 1:
+        raise InputError("no row is left to learn from; see the counts above for why rows were dropped", code="E_DATA")
+    per_epoch = math.ceil(rows / options.batch_sequences)
+    steps = per_epoch * options.epochs if options.max_steps is None else min(options.max_steps, per_epoch * options.epochs)
+    if steps > MAX_STEPS:
+        raise InputError(
+            f"{steps:,} steps; at most {MAX_STEPS:,} are allowed. Use fewer epochs or larger batches", code="E_LIMIT"
+        )
+    shapes = [spec.linear_shape(target) for target in options.targets]
+    trainable = spec.layers * options.rank * sum(n + k for n, k in shapes)
+    return Plan(
+        rows=rows,
+        validation_rows=validation_rows,
+        steps=steps,
+        steps_per_epoch=per_epoch,
+        tokens=tokens,
+        loss_tokens=loss_tokens,
+        longest=longest,
+        trainable=trainable,
+        memory_bytes=memory_bytes(options, spec, trainable=trainable, longest=longest, weight_bytes=weight_bytes),
+        # two checkpoints and the one being written, each parameters, two moments and the best so far; the adapter itself
+        disk_bytes=(3 * 4 + 1) * trainable * 4,
+    )
+
+
+def memory_bytes(options: TrainOptions, spec: ModelSpec, *, trainable: int, longest: int, weight_bytes: int) -> int:
+    """Peak resident bytes: packed weights; parameters, gradients, moments, best and a copy being written; activations.
+
+    Activations: the residual stream into every block (two a layer, fp32), one layer's inner activations with their gradients
+    (recomputed layer by layer), and a block of logits.
+    """
+    rows = max(options.max_tokens, longest)
+    kept = 2 * spec.layers * spec.width
+    inner = 4 * spec.width + 3 * (spec.heads + 2 * spec.kv_heads) * spec.head_dim + 6 * spec.ffn
+    logits = 256 * spec.vocab
+    return int(weight_bytes * 1.05) + 6 * 4 * trainable + 4 * (rows * (kept + inner) + logits) + PROCESS_BYTES
+
+
+def check_resources(plan: Plan, options: TrainOptions, folder: Path, *, available: int) -> None:
+    """Raises ResourceError, saying what would fit, where memory (`available` bytes) or the disk of `folder` is too small."""
+    if plan.memory_bytes > available:
+        smaller = "a smaller model"
+        if options.max_tokens > 256 and plan.longest < options.max_tokens:
+            smaller = f"--max-tokens {max(256, options.max_tokens // 2)}, or a smaller model"
+        raise ResourceError(
+            f"training needs about {plan.memory_bytes >> 20:,} MiB of memory, and {available >> 20:,} MiB are free. "
+            f"Close other programs, or use {smaller}"
+        )
+    place = folder
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if plan.disk_bytes > free:
+        raise ResourceError(
+            f"checkpoints need about {plan.disk_bytes >> 20:,} MiB in {printable(str(folder))}, and {free >> 20:,} MiB are free. "
+            f"Free some space, use a smaller --rank than {options.rank}, or set NOMOAT_HOME to another disk"
+        )

@@ -1,0 +1,169 @@
+"""A model of one adapted matrix with exact gradients in NumPy: for tests of the training loop, of checkpoints and adapters."""
+
+from __future__ import annotations
+
+import sys
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+
+from nomoat.adapters.package import save_adapter
+from nomoat.data.pack import Pack, batches, pack
+from nomoat.engine.stack import Adapter, Float32, Stack
+from nomoat.models.spec import TARGETS, ModelSpec, RopeSpec
+from nomoat.train.checkpoint import Checkpoints
+from nomoat.train.loop import Trainer
+from nomoat.train.plan import TrainOptions
+
+try:
+    import nomoat._native  # noqa: F401
+except ImportError:
+    import types
+
+    def _adamw(p, g, m, v, lr, b1, b2, eps, wd, step, scale):
+        g = g * np.float32(scale)
+        m += np.float32(1 - b1) * (g - m)
+        v += np.float32(1 - b2) * (g * g - v)
+        p -= np.float32(lr * wd) * p
+        p -= np.float32(lr / (1 - b1**step)) * m / (np.sqrt(v / np.float32(1 - b2**step)) + np.float32(eps))
+
+    stand_in = types.ModuleType("nomoat._native")
+    stand_in.adamw, stand_in.sum_squares = _adamw, lambda a: float(np.sum(a.astype(float) ** 2))
+    sys.modules["nomoat._native"] = stand_in
+
+
+def toy_spec(layers: int = 2) -> ModelSpec:
+    return ModelSpec(
+        architecture="llama",
+        name="toy",
+        layers=layers,
+        width=12,
+        heads=3,
+        kv_heads=1,
+        head_dim=4,
+        ffn=20,
+        vocab=32,
+        context=64,
+        norm_eps=1e-5,
+        rope=RopeSpec(dim=4, interleaved=True, inv_freq=np.ones(2, np.float32)),
+        tied_head=True,
+    )
+
+
+def random_adapter(
+    spec: ModelSpec, seed: int, *, rank: int = 4, targets: tuple[str, ...] = TARGETS, layers: tuple[int, ...] = (0, 1)
+) -> Adapter:
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for layer in layers:
+        for target in targets:
+            rows, columns = spec.linear_shape(target)
+            a = rng.standard_normal((rank, columns), dtype=np.float32)
+            b = rng.standard_normal((rows, rank), dtype=np.float32)
+            tensors[layer, target] = (a, b)
+    return Adapter(rank=rank, alpha=2.0 * rank, targets=targets, tensors=tensors)
+
+
+class ToyLora:
+    """An adapter of matrix `o` in layer 0, with gradients."""
+
+    def __init__(self, spec: ModelSpec, *, rank: int = 2, alpha: float = 4.0, seed: int = 0) -> None:
+        rows, columns = spec.linear_shape("o")
+        a = np.random.default_rng(seed).uniform(-0.3, 0.3, (rank, columns)).astype(np.float32)
+        self.rank, self.alpha = rank, alpha
+        self.parameters = [a, np.zeros((rows, rank), np.float32)]
+        self.gradients = [np.zeros_like(parameter) for parameter in self.parameters]
+        self.names = ["blk.0.o.a", "blk.0.o.b"]
+
+    def zero_grad(self) -> None:
+        for gradient in self.gradients:
+            gradient[...] = 0
+
+    def to_adapter(self) -> Adapter:
+        a, b = (parameter.copy() for parameter in self.parameters)
+        return Adapter(self.rank, self.alpha, ("o",), {(0, "o"): (a, b)})
+
+
+class ToyModel:
+    """logits = U (x + s B A x) with x = embedding of the token: next-token prediction from one token."""
+
+    def __init__(self, seed: int = 1) -> None:
+        self.spec = toy_spec(layers=1)
+        rng = np.random.default_rng(seed)
+        self.embedding = rng.standard_normal((self.spec.vocab, self.spec.width))
+        self.head = rng.standard_normal((self.spec.vocab, self.spec.width))
+        self.calls = 0
+        self.poisoned: frozenset[int] = frozenset()  # calls of loss_gradients that give NaN
+
+    def logprobs(self, pack: Pack, *, stack: Stack | None = None, precision: str = "int8") -> Float32:
+        rows = np.flatnonzero(pack.weights)
+        x = self.embedding[pack.tokens[rows]]
+        y = x.copy()
+        if stack is not None and (0, "o") in stack:
+            a, bt, scale = stack[0, "o"]
+            y += ((x @ a.T.astype(float)) * scale) @ bt.astype(float)
+        return self._logp(y)[np.arange(len(rows)), pack.targets[rows]].astype(np.float32)
+
+    def loss_gradients(self, pack: Pack, lora: ToyLora, d_logp: Float32, *, precision: str = "bf16") -> Float32:
+        self.calls += 1
+        rows = np.flatnonzero(pack.weights)
+        targets = pack.targets[rows]
+        a, b = (parameter.astype(float) for parameter in lora.parameters)
+        scale = lora.alpha / lora.rank
+        x = self.embedding[pack.tokens[rows]]
+        logp = self._logp(x + scale * (x @ a.T) @ b.T)
+        d_logits = -np.exp(logp) * d_logp[:, None].astype(float)
+        d_logits[np.arange(len(rows)), targets] += d_logp
+        dy = d_logits @ self.head
+        lora.gradients[0] += (scale * (dy @ b).T @ x).astype(np.float32)
+        lora.gradients[1] += (scale * dy.T @ (x @ a.T)).astype(np.float32)
+        if self.calls in self.poisoned:
+            lora.gradients[0][0, 0] = np.nan
+        return logp[np.arange(len(rows)), targets].astype(np.float32)
+
+    def _logp(self, y: np.ndarray) -> np.ndarray:
+        logits = y @ self.head.T
+        logits -= logits.max(axis=1, keepdims=True)
+        return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
+class ToyExample:
+    """A sequence in which every token but the first is learned; token t is mostly followed by (5 t + 1) mod V."""
+
+    def __init__(self, rng: np.random.Generator, vocab: int) -> None:
+        tokens = [int(rng.integers(vocab))]
+        for _ in range(int(rng.integers(4, 12))):
+            tokens.append((5 * tokens[-1] + 1) % vocab)
+        self.tokens = np.array(tokens, np.int32)
+        self.weights = np.array([0.0] + [1.0] * (len(tokens) - 1), np.float32)
+
+
+def toy_examples(count: int, seed: int = 7, vocab: int = 32) -> list[ToyExample]:
+    rng = np.random.default_rng(seed)
+    return [ToyExample(rng, vocab) for _ in range(count)]
+
+
+def toy_trainer(model: ToyModel | None = None, **changes: object) -> Trainer:
+    """60 steps on 40 examples, 3 epochs of 20 steps; `changes` go to Trainer, except `options` (a dict)."""
+    model = model or ToyModel()
+    options = TrainOptions(**{"batch_sequences": 2, "seed": 3, "checkpoint_seconds": 0.0, **dict(changes.pop("options", {}))})
+    examples, held_out = toy_examples(40), toy_examples(8, seed=8)
+    arguments = {
+        "peak_rate": 0.05,
+        "steps": 60,
+        "batches": lambda epoch: batches(examples, options.batch_sequences, 32, options.seed, epoch),
+        "validation": pack(held_out, 32),
+        **changes,
+    }
+    return Trainer(model, ToyLora(model.spec), options, **arguments)
+
+
+def run(folder: Path, output: Path, events: Connection) -> None:
+    """One attempt at the whole run, going on from the newest checkpoint; tells of every event. Meant to be killed."""
+    trainer = toy_trainer(checkpoints=Checkpoints(folder, {"run": "toy"}), report=lambda event: events.send(event["event"]))
+    checkpoint = trainer.checkpoints.latest()
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+    trainer.run()
+    save_adapter(output, trainer.lora.to_adapter(), trainer.model.spec, {}, replace=True)
