@@ -30,8 +30,10 @@ $(UV_STAMP):
 setup: build ## Create .venv from uv.lock and compile the native module
 	@echo "ready: .venv/bin/nomoat --help"
 
+# Without build isolation the module is compiled with the tools in .venv and in a folder that is kept (build/<wheel tag>), so
+# that a change compiles one file.
 build: | $(UV_STAMP) .venv/pyvenv.cfg ## Bring .venv up to date; compiles only what changed
-	@$(UV) sync --quiet --frozen
+	@$(UV) sync --quiet --frozen --no-build-isolation-package nomoat
 
 demo: build ## The whole job on real input: train, score before and after, ask
 	@$(VENV)/bin/python examples/demo.py
