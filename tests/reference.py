@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ from nomoat.models import ModelSpec, spec_from_gguf, spec_from_hf
 from nomoat.models.hf import read_config
 from nomoat.models.spec import TARGETS, RopeSpec
 
-Array = npt.NDArray[Any]  # float64 or complex128
+Array: TypeAlias = Any  # npt.NDArray of float64 or complex128: NumPy's stubs do not follow arithmetic on either
 Place = tuple[int, str]  # (layer, target)
 #: (A [r, K], B [N, r], scale) of each adapted linear
 Lora = Mapping[Place, tuple[Array, Array, float]]
@@ -173,7 +173,7 @@ class Reference:
         chunk: int = 64,
     ) -> Array:
         """d loss / d A (part 0) or d B (part 1) at one place: all entries in its shape, or the flat `entries` asked for."""
-        whole = lora[place][part]
+        whole: Array = lora[place][part]
         wanted = np.arange(whole.size) if entries is None else np.fromiter(entries, dtype=np.intp)
         found = np.empty(len(wanted))
         for begin in range(0, len(wanted), chunk):

@@ -18,7 +18,7 @@ from nomoat.models.llama import HF_LAYER, HF_TOP
 from tiny import interleave, tiny_hf, tiny_llama
 
 # transformers computes the power and the scaling in float32: a few roundings
-RELATIVE = 4 * np.finfo(np.float32).eps
+RELATIVE = 4 * float(np.finfo(np.float32).eps)
 
 
 def hf_frequencies(folder: Path) -> np.ndarray:
@@ -50,11 +50,12 @@ def test_both_spellings_of_the_scaling(name: str, tmp_path: Path) -> None:
 
 def test_gguf_factor_zero_and_none_mean_unscaled(tmp_path: Path) -> None:
     plain = rope.frequencies(16, 10000.0).astype(np.float32)
-    for keys in (
+    cases: list[dict[str, Any]] = [
         {"llama.rope.scaling.factor": 0.0},
         {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0},
         {"llama.rope.freq_base": None},
-    ):
+    ]
+    for keys in cases:
         with open_gguf(tiny_llama(tmp_path / "model.gguf", metadata=keys)) as file:
             np.testing.assert_array_equal(spec_from_gguf(file).rope.inv_freq, plain)
     with open_gguf(tiny_llama(tmp_path / "model.gguf", metadata={"llama.rope.scale_linear": 4.0})) as file:

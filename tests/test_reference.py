@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from reference import (
 from stories import golden_text, stories_gguf
 from tiny import tiny_hf, tiny_llama
 
-SMALL = {"width": 32, "heads": 4, "kv_heads": 2, "ffn": 48}
+SMALL: dict[str, Any] = {"width": 32, "heads": 4, "kv_heads": 2, "ffn": 48}
 TARGETS_OF = [*TOKENS[1:], -1]
 WEIGHTS = [0.0, 1.0, 0.5, 0.0, 1.0, 1.0, 0.0, 2.0, 1.0, 1.0, 1.0, 0.0]
 
@@ -40,8 +41,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 @pytest.mark.parametrize("source", ["hf", "gguf"])
 def test_logits_of_transformers(name: str, source: str, tmp_path: Path) -> None:
     """transformers takes angles in float32: at 12 positions they are off by 12 eps, logits by a few times that."""
-    write = tiny_hf if source == "hf" else tiny_llama
-    model = Reference.load(write(tmp_path / f"model.{source}", **MODELS[name]))
+    path = tmp_path / "model"
+    model = Reference.load(tiny_hf(path, **MODELS[name]) if source == "hf" else tiny_llama(path, **MODELS[name]))
     golden = np.load(FILE)[f"{name}.logits"]
     bound = 4 * len(TOKENS) * np.finfo(np.float32).eps * np.abs(golden).max()
     np.testing.assert_allclose(model.logits(TOKENS)[ROWS], golden, rtol=0, atol=bound)

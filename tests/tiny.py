@@ -8,6 +8,7 @@ a few merges. Weights by engine name ("embed", "blk.0.q", ...) are float32 in Hu
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def tiny_weights(shape: Shape, seed: int = 0) -> Weights:
     }
 
     def matrix(rows: int, columns: int) -> npt.NDArray[np.float32]:
-        return (rng.standard_normal((rows, columns)) / np.sqrt(columns)).astype(np.float32)
+        return (rng.standard_normal((rows, columns)) / math.sqrt(columns)).astype(np.float32)
 
     def norm() -> npt.NDArray[np.float32]:
         return (1 + 0.2 * rng.standard_normal(shape.width)).astype(np.float32)
@@ -114,7 +115,8 @@ def tiny_weights(shape: Shape, seed: int = 0) -> Weights:
 def interleave(matrix: npt.NDArray[np.float32], heads: int) -> npt.NDArray[np.float32]:
     """Rows of q or k (or of a LoRA B) from Hugging Face order to GGUF order."""
     rows, columns = matrix.shape
-    return np.ascontiguousarray(matrix.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2)).reshape(rows, columns)
+    pairs: npt.NDArray[np.float32] = matrix.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2)
+    return pairs.reshape(rows, columns)
 
 
 def tiny_llama(
@@ -167,7 +169,7 @@ def write_tensor(
         writer.add_tensor(name, matrix.astype(np.float32 if type == "F32" else np.float16))
     elif type.endswith("_K"):
         assert rng is not None
-        writer.add_tensor(name, random_blocks(type, *matrix.shape, rng), raw_dtype=kind)
+        writer.add_tensor(name, random_blocks(type, matrix.shape[0], matrix.shape[1], rng), raw_dtype=kind)
     else:
         writer.add_tensor(name, quantize(matrix, kind), raw_dtype=kind)
 

@@ -59,4 +59,4 @@ def make() -> dict[str, npt.NDArray[np.float32]]:
 
 
 if __name__ == "__main__":
-    np.savez(FILE, **make())
+    np.savez(FILE, allow_pickle=False, **make())
