@@ -133,6 +133,7 @@ def _fill(
                 return  # all that the server has: the caller judges it
             trouble = f"the connection closed at {have:,} of {size:,} bytes"
         except urllib.error.HTTPError as error:
+            error.close()
             if error.code not in RETRY_STATUS and error.code != 416:
                 raise NetworkError(f"{what}: {url} answered {error.code} {printable(str(error.reason))}", code="E_HTTP") from None
             if error.code == 416:  # our bytes are not a beginning of what the server has

@@ -161,6 +161,8 @@ def _wheel_url(index: str, entry: CatalogueEntry) -> str:
             base = str(reply.url)
             links.feed(reply.read(16 << 20).decode("utf-8", "replace"))
     except OSError as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
         raise NetworkError(f"{entry.name}: package index {printable(page)}: {printable(str(error))}") from None
     for href in links.hrefs:
         url = urllib.parse.urldefrag(urllib.parse.urljoin(base, href)).url
