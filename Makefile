@@ -72,7 +72,7 @@ $(PARITY_STAMP): tests/parity/requirements.txt | build
 	@touch $@
 
 parity: model $(PARITY_STAMP) ## Compare with torch, transformers and PEFT, in their own environment
-	@model=$$($(MODEL_PATH)) && NOMOAT_SMOLLM2="$$model" .parity/bin/python -m pytest -q tests/parity
+	@model=$$($(MODEL_PATH)) && NOMOAT_SMOLLM2="$$model" .parity/bin/python -m pytest -q -W default tests/parity
 
 sanitize: build ## Run the native tests under the address and undefined-behaviour sanitizers
 	@PATH="$(VENV)/bin:$$PATH" cmake -S . -B build/sanitize -G Ninja -DNOMOAT_MODULE=OFF -DNOMOAT_TESTS=ON \

@@ -14,6 +14,7 @@ import pytest
 
 import nomoat
 from nomoat import errors, settings
+from nomoat.evals.metrics import METRICS
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -140,6 +141,11 @@ def test_every_environment_variable_is_in_the_reference() -> None:
     text = (ROOT / "docs" / "reference" / "files.md").read_text()
     variables = {value for name, value in vars(settings).items() if name.endswith("_VARIABLE")}
     assert set(re.findall(r"^\| `(NOMOAT_\w+)` \|", text, re.M)) == variables
+
+
+def test_every_metric_is_in_the_guide() -> None:
+    text = (ROOT / "docs" / "guides" / "evaluate.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", text, re.M) == list(METRICS)
 
 
 DOCUMENTS = sorted(path for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "native").rglob("*.md")])
