@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,8 +45,16 @@ class PlainTemplate:
         return tokenizer.encode(self.render(messages, add_generation_prompt=add_generation_prompt))
 
 
+if TYPE_CHECKING:
+
+    class _Stand(Any):  # type: ignore[misc]
+        """For the type checker, a scripted model stands in wherever a Model is wanted."""
+else:
+    _Stand = object
+
+
 @dataclass
-class ScriptedModel(Any):  # type: ignore[misc]  # Any: stands in for a Model wherever one is wanted
+class ScriptedModel(_Stand):
     """`answer(prompt text) -> answer text`. `logprob(previous token, token)` is what `logprobs` returns for each target."""
 
     answer: Callable[[str], str] = lambda prompt: ""

@@ -43,7 +43,7 @@ def run_eval(monkeypatch: pytest.MonkeyPatch) -> Eval:
     def right(prompt: str) -> str:
         return "even" if int(prompt.split("word ")[1].split("?")[0]) % 2 == 0 else "odd"
 
-    def generate(model: ScriptedModel, prompts: list[list[int]], *rest: object, stacks: list[object], **others: object) -> object:
+    def generate(model: ScriptedModel, prompts: list[list[int]], *rest: Any, stacks: list[object], **others: Any) -> object:
         model.answer = right if stacks[0] else lambda prompt: "odd"
         return original(model, prompts, *rest, **others)
 

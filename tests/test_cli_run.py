@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -231,7 +232,7 @@ def test_temperature(
     seen: list[Sampling] = []
     original = scripted.stream
 
-    def stream(model: object, prompt: object, sampling: Sampling, **rest: object) -> Iterator[str]:
+    def stream(model: ScriptedModel, prompt: list[int], sampling: Sampling, **rest: Any) -> Iterator[str]:
         seen.append(sampling)
         return original(model, prompt, sampling, **rest)
 

@@ -42,7 +42,9 @@ class Chat:
                     self.command(text)
                 elif text.strip():
                     self.answer(text.strip())
-            except (EOFError, Leave):
+            except EOFError:  # Ctrl-D leaves the cursor behind the prompt
+                return self.say("")
+            except Leave:
                 return
             except KeyboardInterrupt:
                 self.say("\n(Ctrl-D or /exit leaves)")
