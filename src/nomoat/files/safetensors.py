@@ -9,6 +9,7 @@ huggingface/safetensors. The header is parsed here, stricter than the reference 
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -129,10 +130,10 @@ def open_safetensors(path: Path | str) -> SafetensorsFile:
 
 def _find(path: Path) -> Path:
     """The file to open for a folder; a file stands for itself."""
-    if not path.is_dir():
+    if not os.path.isdir(path):  # unlike Path.is_dir, never raises
         return path
     for name in ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"):
-        if (path / name).exists():
+        if os.path.exists(path / name):
             return path / name
     pickles = sorted(p.name for suffix in ("bin", "pt", "pth", "pkl", "ckpt") for p in path.glob(f"*.{suffix}"))
     if pickles:
