@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,7 @@ def test_plain_text_is_cut_into_blocks_without_losing_a_word(tmp_path: Path) -> 
     assert all(row.text and len(row.text) <= TEXT_BLOCK_CHARACTERS + 1 for row in made)
     assert "".join("".join(row.text or "" for row in made).split()) == "".join("".join(paragraphs).split())
     assert sum(len(row.text or "") for row in made[:10]) > 5 * TEXT_BLOCK_CHARACTERS
-    assert made[0].line == 1 and all(a.line <= b.line for a, b in zip(made, made[1:], strict=False))
+    assert made[0].line == 1 and all(a.line <= b.line for a, b in pairwise(made))
 
 
 def test_bom_crlf_and_a_last_line_without_end(tmp_path: Path) -> None:
