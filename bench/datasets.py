@@ -164,8 +164,8 @@ def _bfcl_rows(folder: Path, part: str, *, only_one: bool) -> list[Row]:
     for item in map(json.loads, questions):
         ((name, allowed),) = truth[item["id"]][0].items()
         asked = [message["content"] for message in item["question"][0] if message["role"] == "user"]
-        nested = any(isinstance(value, dict) for values in allowed.values() for value in values)
-        if len(asked) != 1 or nested or (only_one and any(len(values) != 1 for values in allowed.values())):
+        plain = all(values and not any(isinstance(value, dict) for value in values) for values in allowed.values())
+        if len(asked) != 1 or not plain or (only_one and any(len(values) != 1 for values in allowed.values())):
             continue  # nested references list alternatives at every level
         call = {"name": name, "arguments": {key: values[0] for key, values in allowed.items() if "" not in values}}
         tools = "\n".join(compact(tool) for tool in item["function"])
