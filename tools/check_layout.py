@@ -99,6 +99,8 @@ def _python_imports(tree: ast.Module, shown: Path) -> Iterator[tuple[int, str]]:
         yield 1, f"`{own}` is in no place of the import order (PYTHON_ORDER in tools/check_layout.py)"
         return
     for node in ast.walk(tree):
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
         if isinstance(node, ast.ImportFrom) and node.level:
             yield node.lineno, "relative import; write the whole name, so that the order can be read"
         for target in _imported(node):
@@ -111,14 +113,14 @@ def _python_imports(tree: ast.Module, shown: Path) -> Iterator[tuple[int, str]]:
                 yield node.lineno, f"`{own}` imports `{target}`, which is below it in the import order"
 
 
-def _imported(node: ast.AST) -> list[str]:
+def _imported(node: ast.Import | ast.ImportFrom) -> list[str]:
     """Names below `nomoat` that an import statement reaches, `nomoat` itself included."""
     if isinstance(node, ast.Import):
         names = [alias.name for alias in node.names]
-    elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-        names = [f"nomoat.{alias.name}" for alias in node.names] if node.module == "nomoat" else [node.module]
+    elif node.module == "nomoat":
+        names = [f"nomoat.{alias.name}" for alias in node.names]
     else:
-        names = []
+        names = [node.module or ""]
     return [name for name in names if name == "nomoat" or name.startswith("nomoat.")]
 
 
