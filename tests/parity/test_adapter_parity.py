@@ -1,0 +1,73 @@
+"""Adapter packages travel between nomoat and PEFT with equal logits, whatever the row order of q and k in the base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+
+from nomoat.adapters.package import load_adapter, save_adapter
+from nomoat.engine.stack import Adapter
+from nomoat.models.spec import TARGETS
+from parity import peft_side
+from reference import Lora, Reference, random_lora
+from tiny import tiny_hf, tiny_llama
+
+TOKENS = [1, 52, 287, 11, 3, 3, 200, 77, 140, 9, 250, 18]
+SHAPE: dict[str, Any] = {"width": 64, "heads": 4, "kv_heads": 2, "ffn": 96}
+# float64 on both sides, except transformers' float32 angles: 12 positions x eps32 of logits that reach 5
+TOLERANCE = 5 * 12 * float(np.finfo(np.float32).eps)
+
+
+def adapter_of(lora: Lora) -> Adapter:
+    """In float32, as files hold it."""
+    (a, _, scale) = next(iter(lora.values()))
+    tensors = {place: (np.float32(a), np.float32(b)) for place, (a, b, _) in lora.items()}
+    targets = tuple(target for target in TARGETS if any(target == t for _, t in lora))
+    return Adapter(rank=a.shape[0], alpha=scale * a.shape[0], targets=targets, tensors=tensors)
+
+
+def lora_of(adapter: Adapter) -> Lora:
+    return {place: (a.astype(np.float64), b.astype(np.float64), adapter.scale) for place, (a, b) in adapter.tensors.items()}
+
+
+def peft_logits(model: PeftModel) -> Any:
+    with torch.no_grad():
+        return model(torch.tensor([TOKENS])).logits[0].numpy()
+
+
+@pytest.mark.parametrize("source", ["gguf", "hf"])
+@pytest.mark.parametrize("targets", [TARGETS, ("q", "k"), ("v", "down")])
+def test_saved_here_loads_in_peft(source: str, targets: tuple[str, ...], tmp_path: Path) -> None:
+    folder = tiny_hf(tmp_path / "base", **SHAPE)
+    base = Reference.load(tiny_llama(tmp_path / "base.gguf", **SHAPE) if source == "gguf" else folder)
+    lora = random_lora(base.spec, rank=4, scale=0.5, targets=targets)
+    save_adapter(tmp_path / "adapter", adapter_of(lora), base.spec, {})
+    model = PeftModel.from_pretrained(peft_side.load_base(folder, torch.float64), tmp_path / "adapter")
+    np.testing.assert_allclose(base.logits(TOKENS, lora=lora), peft_logits(model), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("source", ["gguf", "hf"])
+def test_saved_by_peft_loads_here(source: str, tmp_path: Path) -> None:
+    folder = tiny_hf(tmp_path / "base", **SHAPE)
+    base = Reference.load(tiny_llama(tmp_path / "base.gguf", **SHAPE) if source == "gguf" else folder)
+    model = peft_side.with_lora(peft_side.load_base(folder, torch.float64), random_lora(base.spec, rank=4, scale=0.5))
+    expected = peft_logits(model)
+    model.float().save_pretrained(tmp_path / "adapter")
+    adapter, manifest = load_adapter(tmp_path / "adapter", base.spec)
+    assert manifest == {}
+    assert (adapter.rank, adapter.alpha) == (4, 2.0)
+    np.testing.assert_allclose(base.logits(TOKENS, lora=lora_of(adapter)), expected, rtol=0, atol=TOLERANCE)
+
+
+def test_the_permutation_matters(tmp_path: Path) -> None:
+    """Without it the logits of a GGUF base would differ by far more than the tolerance: the tests above can fail."""
+    base = Reference.load(tiny_llama(tmp_path / "base.gguf", **SHAPE))
+    folder = tiny_hf(tmp_path / "base", **SHAPE)
+    lora = random_lora(base.spec, rank=4, scale=0.5, targets=("q", "k"))
+    model = peft_side.with_lora(peft_side.load_base(folder, torch.float64), lora)
+    assert np.abs(base.logits(TOKENS, lora=lora) - peft_logits(model)).max() > 100 * TOLERANCE
