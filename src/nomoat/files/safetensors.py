@@ -25,9 +25,10 @@ from nomoat.files.atomic import atomic_write
 from nomoat.files.source import ByteSource
 
 MAX_HEADER = 8 << 20  # bytes; 36,000 tensors in one file take 5 MB
-MAX_INDEX = 32 << 20  # bytes; 91,000 tensors take 9 MB
+MAX_INDEX = 14 << 20  # bytes; 91,000 tensors take 9 MB
 MAX_TENSORS = 65_536  # in one file; a LoRA adapter for every expert of a 30B mixture holds 37,000
 MAX_INDEXED = 131_072  # in all shards
+MAX_SHARDS = 1_024
 MAX_DEPTH = 4  # brackets in brackets; a header needs 3
 MAX_NAME = 512  # characters
 MAX_DIMS = 8
@@ -161,9 +162,10 @@ def _open_one(path: Path, shard: int, sources: list[ByteSource]) -> tuple[dict[s
         source.fail("E_LIMIT", f"the header length is {length:,}, expected 2 to {MAX_HEADER:,} bytes", 0)
     if length > source.size - 8:
         source.fail("E_TRUNCATED", f"the header takes {length:,} bytes, {source.size - 8:,} are left", 8)
-    header = _JsonHeader(source, source.read(8, length), 8, MAX_TENSORS)
-    entries = header.parse()
-    metadata = entries.pop("__metadata__", None) or {}
+    # A tensor has 2 commas between its fields, 1 in its offsets, 7 in the longest shape, and 1 behind it.
+    entries = _JsonHeader(source, source.read(8, length), offset=8, entries=MAX_TENSORS, commas=11).parse()
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         source.fail("E_JSON", "__metadata__ must map strings to strings", 8)
     slots = [_slot(source, name, entry, shard) for name, entry in entries.items()]
@@ -174,7 +176,7 @@ def _foreign(start: bytes) -> str | None:
     """What a file that is no safetensors file seems to be."""
     if start.startswith(b"PK\x03\x04"):
         return "a ZIP archive (a PyTorch checkpoint is one, with a pickle inside)"
-    if start[0] == 0x80 and start[1] <= 5:
+    if start[:1] == b"\x80" and start[1:2] <= b"\5":
         return "a pickle, which can run code"
     if start.startswith(b"GGUF"):
         return "a GGUF file"
@@ -234,18 +236,21 @@ def _lay_out(source: ByteSource, slots: list[TensorSlot], data: int) -> dict[str
     return tensors
 
 
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
-_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_STEPS = np.zeros(256, np.int8)  # what a character does to the depth
+_STEPS[list(b"[{")], _STEPS[list(b"]}")] = 1, -1
+_BLOCK = 1 << 16
 
 
 class _JsonHeader:
     """Parses hostile JSON: bounded depth and size before the parser runs; no duplicate keys, no NaN, no lone surrogates."""
 
-    def __init__(self, source: ByteSource, data: bytes, offset: int, entries: int, *, floats: bool = False) -> None:
+    def __init__(self, source: ByteSource, data: bytes, *, offset: int, entries: int, commas: int, floats: bool = False) -> None:
+        """`data` begins at `offset` of the file and may hold `entries` tensors with `commas` each."""
         self.source = source
         self.data = data
         self.offset = offset
         self.entries = entries
+        self.commas = commas
         self.floats = floats
 
     def parse(self) -> dict[str, Any]:
@@ -270,17 +275,26 @@ class _JsonHeader:
         return value
 
     def _bound(self) -> None:
-        """Refuse depth and counts that the parser would recurse into or allocate for. Linear; strings are cut out first."""
-        bare = _STRING.sub(b"", self.data)
-        brackets = bare.translate(None, _NOT_BRACKETS)
-        # A tensor takes one pair of braces, two of brackets and six commas.
-        if len(brackets) > 6 * self.entries + 8 or bare.count(b",") > 12 * self.entries:
-            self._fail("E_LIMIT", f"the JSON holds more than {self.entries:,} tensors", 0)
-        depth = 0
-        for bracket in brackets:
-            depth += 1 if bracket in b"[{" else -1
-            if depth > MAX_DEPTH:
-                self._fail("E_LIMIT", "the JSON is nested too deep", 0)
+        """Refuse depth and counts that the parser would recurse into or allocate for: one pass, in blocks of fixed size."""
+        # Escaped quotes out of the way, every other quote opens or closes a string.
+        plain = self.data.replace(b"\\\\", b"  ").replace(b'\\"', b"  ")
+        inside = False
+        depth = brackets = commas = 0
+        for begin in range(0, len(plain), _BLOCK):
+            block = np.frombuffer(plain, np.uint8, min(_BLOCK, len(plain) - begin), begin)
+            quoted = np.logical_xor.accumulate(block == ord('"')) ^ inside
+            inside = bool(quoted[-1])
+            bare = block[~quoted]
+            steps = _STEPS[bare]
+            depths = depth + np.cumsum(steps[steps != 0], dtype=np.int64)
+            if len(depths):
+                depth = int(depths[-1])
+                if int(depths.max()) > MAX_DEPTH:
+                    self._fail("E_LIMIT", "the JSON is nested too deep", begin)
+            brackets += len(depths)
+            commas += int(np.count_nonzero(bare == ord(",")))
+            if brackets > 6 * self.entries + 8 or commas > self.commas * self.entries + 64:
+                self._fail("E_LIMIT", f"the JSON holds more than {self.entries:,} tensors", begin)
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         out: dict[str, Any] = {}
@@ -322,14 +336,18 @@ def _open_index(path: Path, sources: list[ByteSource]) -> tuple[dict[str, Tensor
     sources.append(index)
     if index.size > MAX_INDEX:
         index.fail("E_LIMIT", f"the index takes {index.size:,} bytes, at most {MAX_INDEX:,} are allowed", None)
-    weight_map = _JsonHeader(index, index.read(0, index.size), 0, MAX_INDEXED, floats=True).parse().get("weight_map")
+    header = _JsonHeader(index, index.read(0, index.size), offset=0, entries=MAX_INDEXED, commas=1, floats=True)
+    weight_map = header.parse().get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         index.fail("E_JSON", "weight_map must map tensor names to file names", 0)
+    files = sorted(set(weight_map.values()))
+    if len(files) > MAX_SHARDS:
+        index.fail("E_LIMIT", f"names {len(files):,} files, at most {MAX_SHARDS:,} are allowed", None)
     sources.clear()
     index.close()
     tensors: dict[str, TensorSlot] = {}
     metadata: dict[str, str] = {}
-    for shard, file in enumerate(sorted(set(weight_map.values()))):
+    for shard, file in enumerate(files):
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,200}\.safetensors", file):
             index.fail(
                 "E_PATH", f"names the file {printable(file[:200])!r}, expected a plain name that ends in .safetensors", None
