@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from nomoat.errors import FileFormatError, NotFoundError, ResourceError
-from nomoat.hub import store as store_module
 from nomoat.hub.lock import exclusive
 from nomoat.hub.store import Manifest, Store, StoredFile, check_disk, check_relative, parse_digest
 
@@ -65,7 +64,7 @@ def test_works_without_hard_links(store: Store, monkeypatch: pytest.MonkeyPatch)
     def refuse(*_: object) -> None:
         raise OSError("no links here")
 
-    monkeypatch.setattr(store_module.os, "link", refuse)
+    monkeypatch.setattr(os, "link", refuse)
     assert store.path(add(store, "m", {"m.gguf": b"GGUF"})).read_bytes() == b"GGUF"
 
 

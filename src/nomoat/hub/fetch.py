@@ -34,7 +34,7 @@ def fetch(
     what: str,
     headers: Mapping[str, str] | None = None,
     progress: Progress | None = None,
-    pause: Callable[[float], None] = time.sleep,
+    pause: Callable[[float], None] | None = None,
 ) -> None:
     """Fetch `url` into `target`, going on from the bytes that are there already. `size` in bytes; `check` judges the whole file.
 
@@ -45,7 +45,7 @@ def fetch(
     for again in (False, True):
         if again:
             target.unlink(missing_ok=True)
-        _fill(urllib.request.Request(url, headers=dict(headers or {})), target, size, what, progress, pause)
+        _fill(urllib.request.Request(url, headers=dict(headers or {})), target, size, what, progress, pause or time.sleep)
         seen = target.stat().st_size
         if seen == size and check(target):
             return
