@@ -26,15 +26,18 @@ def parse_model_name(name: str) -> tuple[str, list[tuple[str, float]]]:
 
 
 def _split(name: str) -> list[str]:
-    """At `+`, except inside the longest leading part that is an existing path."""
+    """At `+`, except inside the longest leading part that is an existing path (with or without a weight behind it)."""
     parts = name.split("+")
     pieces = []
     while parts:
-        lengths = range(len(parts), 1, -1)
-        whole = next((n for n in lengths if "/" in (text := "+".join(parts[:n])) and Path(text).exists()), 1)
+        whole = next((n for n in range(len(parts), 1, -1) if _is_path("+".join(parts[:n]))), 1)
         pieces.append("+".join(parts[:whole]))
         parts = parts[whole:]
     return pieces
+
+
+def _is_path(text: str) -> bool:
+    return "/" in text and (Path(text).exists() or Path(text.rpartition("@")[0] or text).exists())
 
 
 def _weighted(piece: str) -> tuple[str, float]:

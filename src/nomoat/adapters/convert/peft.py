@@ -108,7 +108,7 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
         if config.get(key):
             raise AdapterError(f"adapter_config.json: {key} is set, which nomoat does not support ({reason})", code="E_ARCH")
     if config.get("bias", "none") != "none":
-        raise AdapterError(f"adapter_config.json: bias is {_shown(config['bias'])}; only adapters with bias 'none' work")
+        raise AdapterError(f"adapter_config.json: bias is {_shown(config['bias'])}; only 'none' is supported", code="E_ARCH")
     initialization = config.get("init_lora_weights", True)
     if isinstance(initialization, str) and initialization not in PLAIN_INITIALIZATIONS:
         raise AdapterError(
