@@ -37,7 +37,10 @@ def _split(name: str) -> list[str]:
 
 
 def _is_path(text: str) -> bool:
-    return "/" in text and (Path(text).exists() or Path(text.rpartition("@")[0] or text).exists())
+    if "/" not in text:
+        return False
+    stem, _, weight = text.rpartition("@")
+    return Path(text).exists() or (bool(stem) and "+" not in weight and Path(stem).exists())
 
 
 def _weighted(piece: str) -> tuple[str, float]:
