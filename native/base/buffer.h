@@ -1,0 +1,50 @@
+#pragma once
+// A 64-byte aligned block that grows and is reused from step to step; growing loses the contents.
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <utility>
+
+namespace nomoat {
+
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(Buffer&& other) noexcept : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+  Buffer& operator=(Buffer&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+    return *this;
+  }
+  ~Buffer() { std::free(data_); }
+
+  // At least `count` elements; new memory is zero.
+  template <class T>
+  T* get(size_t count) {
+    const size_t wanted = (count * sizeof(T) + 63) / 64 * 64;
+    if (wanted > bytes_) {
+      std::free(data_);
+      bytes_ = 0;
+      data_ = std::aligned_alloc(64, wanted);
+      if (!data_) throw std::bad_alloc();
+      bytes_ = wanted;
+      std::memset(data_, 0, wanted);
+    }
+    return static_cast<T*>(data_);
+  }
+
+  template <class T>
+  T* data() const {
+    return static_cast<T*>(data_);
+  }
+  size_t bytes() const { return bytes_; }
+
+ private:
+  void* data_ = nullptr;
+  size_t bytes_ = 0;
+};
+
+}  // namespace nomoat

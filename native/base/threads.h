@@ -1,0 +1,27 @@
+#pragma once
+// A small fork-join pool. No result may depend on which thread runs a task: tasks write disjoint outputs,
+// and every sum is taken inside one task in a fixed order.
+
+#include <cstdint>
+#include <type_traits>
+
+namespace nomoat {
+
+// Number of threads that share parallel work, the caller included. Takes effect at the next parallel_for.
+void set_threads(int count);
+int threads();
+
+namespace detail {
+void run(int tasks, void (*call)(void* context, int task, int thread), void* context);
+}
+
+// Calls body(task, thread) for task in [0, tasks), thread in [0, threads()). Returns when all are done.
+// The first exception that a task throws is rethrown here. Not reentrant: tasks must not call it.
+template <class Body>
+void parallel_for(int tasks, Body&& body) {
+  using Plain = std::remove_reference_t<Body>;
+  auto call = [](void* context, int task, int thread) { (*static_cast<Plain*>(context))(task, thread); };
+  detail::run(tasks, call, const_cast<std::remove_const_t<Plain>*>(&body));
+}
+
+}  // namespace nomoat

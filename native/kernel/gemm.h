@@ -1,0 +1,288 @@
+#pragma once
+// Products with packed weights. V is a level's vector type: W lanes, a lane = one output row of a strip.
+
+#include "kernel/table.h"
+#include "quant/all.h"
+
+namespace nomoat {
+namespace {
+
+// ---- int8 activations: decode and prefill share this loop, so a row's result does not depend on how many rows there are ----
+
+// M rows x W lanes. Integer dots are exact; each lane adds its 32-column blocks in order.
+template <class V, class Q, int M>
+inline void i8_tile(const uint8_t* planes, const uint8_t* scales, int lane, int tiles, const int8_t* q, const ActBlock* blocks, float* y, int ldy,
+                    bool add) {
+  using F = typename V::F;
+  F acc[M];
+  for (int m = 0; m < M; m++) acc[m] = V::zero();
+  for (int t = 0; t < tiles; t++) {
+    typename V::B w[8];
+    Q::template unpack<V>(planes + size_t(t) * Q::plane_bytes, lane, w);
+    const F scale0 = Q::template scale<V>(scales, t, 0, lane);
+    F scale1 = scale0, minimum = scale0;
+    if constexpr (Q::groups == 2) scale1 = Q::template scale<V>(scales, t, 1, lane);
+    if constexpr (Q::has_min) minimum = Q::template min<V>(scales, t, lane);
+    for (int m = 0; m < M; m++) {
+      const int8_t* x = q + (size_t(m) * tiles + t) * kTileCols;
+      const ActBlock& b = blocks[size_t(m) * tiles + t];
+      if constexpr (Q::groups == 1) {
+        typename V::I sum = V::iset1(-Q::zero * (b.sum[0] + b.sum[1]));
+        for (int g = 0; g < 8; g++) sum = Q::zero == 128 ? V::dot_wide(sum, w[g], x + 4 * g) : V::dot(sum, w[g], x + 4 * g);
+        acc[m] = V::fma(V::from_i32(sum), V::mul(scale0, V::set1(b.scale)), acc[m]);
+      } else {
+        typename V::I low = V::iset1(-Q::zero * b.sum[0]), high = V::iset1(-Q::zero * b.sum[1]);
+        for (int g = 0; g < 4; g++) low = V::dot(low, w[g], x + 4 * g);
+        for (int g = 4; g < 8; g++) high = V::dot(high, w[g], x + 4 * g);
+        const F factor = V::set1(b.scale);
+        acc[m] = V::fma(V::from_i32(low), V::mul(scale0, factor), acc[m]);
+        acc[m] = V::fma(V::from_i32(high), V::mul(scale1, factor), acc[m]);
+      }
+      if constexpr (Q::has_min) acc[m] = V::fma(minimum, V::set1(b.scaled_sum), acc[m]);
+    }
+  }
+  for (int m = 0; m < M; m++) {
+    float* at = y + size_t(m) * ldy;
+    V::store(at, add ? V::add(V::load(at), acc[m]) : acc[m]);
+  }
+}
+
+template <class V>
+void gemm_i8(const Matrix& w, int first, int last, const int8_t* q, const ActBlock* blocks, int rows, float* y, int ldy, bool add) {
+  const int tiles = w.tiles();
+  with_format(w.format, [&](auto format) {
+    using Q = decltype(format);
+    if constexpr (Q::integer) {
+      for (int s = first; s < last; s++) {
+        const uint8_t *planes = w.strip(s), *scales = planes + w.plane_section;
+        for (int lane = 0; lane < kStripRows; lane += V::W) {
+          auto run = [&]<int M>(int m) {
+            i8_tile<V, Q, M>(planes, scales, lane, tiles, q + size_t(m) * tiles * kTileCols, blocks + size_t(m) * tiles,
+                             y + size_t(m) * ldy + s * kStripRows + lane, ldy, add);
+          };
+          int m = 0;
+          for (; m + V::kIntRows <= rows; m += V::kIntRows) run.template operator()<V::kIntRows>(m);
+          for (; m + 2 <= rows; m += 2) run.template operator()<2>(m);
+          if (m < rows) run.template operator()<1>(m);
+        }
+      }
+    }
+  });
+}
+
+// ---- float32 activations --------------------------------------------------------------------------------------------
+
+template <class V, class Q, int M>
+inline void float_tile(const uint8_t* planes, int lane, int tiles, const float* x, int ldx, float* y, int ldy, bool add) {
+  typename V::F acc[M];
+  for (int m = 0; m < M; m++) acc[m] = V::zero();
+  for (int t = 0; t < tiles; t++)
+    for (int c = 0; c < kTileCols; c++) {
+      const typename V::F w = Q::template column<V>(planes + size_t(t) * Q::plane_bytes, c, lane);
+      for (int m = 0; m < M; m++) acc[m] = V::fma(w, V::set1(x[size_t(m) * ldx + t * kTileCols + c]), acc[m]);
+    }
+  for (int m = 0; m < M; m++) {
+    float* at = y + size_t(m) * ldy;
+    V::store(at, add ? V::add(V::load(at), acc[m]) : acc[m]);
+  }
+}
+
+template <class V>
+void gemm_float(const Matrix& w, int first, int last, const float* x, int ldx, int rows, float* y, int ldy, bool add) {
+  with_format(w.format, [&](auto format) {
+    using Q = decltype(format);
+    if constexpr (!Q::integer) {
+      for (int s = first; s < last; s++)
+        for (int lane = 0; lane < kStripRows; lane += V::W) {
+          float* at = y + s * kStripRows + lane;
+          int m = 0;
+          for (; m + 4 <= rows; m += 4) float_tile<V, Q, 4>(w.strip(s), lane, w.tiles(), x + size_t(m) * ldx, ldx, at + size_t(m) * ldy, ldy, add);
+          for (; m < rows; m++) float_tile<V, Q, 1>(w.strip(s), lane, w.tiles(), x + size_t(m) * ldx, ldx, at + size_t(m) * ldy, ldy, add);
+        }
+    }
+  });
+}
+
+// ---- panels: weights decoded for the training GEMM ----------------------------------------------------------------------
+
+// out[j][r] = W[16s + r, 16h + j]: half a tile as float32, bit-exact with the format's definition.
+template <class V, class Q>
+inline void decode_half_tile(const Matrix& w, int strip, int half, float* out) {
+  const uint8_t *planes = w.strip(strip), *scales = planes + w.plane_section;
+  const int tile = half / 2, first = 16 * (half % 2);
+  const uint8_t* plane = planes + size_t(tile) * Q::plane_bytes;
+  for (int lane = 0; lane < kStripRows; lane += V::W) {
+    if constexpr (Q::integer) {
+      using F = typename V::F;
+      typename V::B codes[8];
+      Q::template unpack<V>(plane, lane, codes);
+      const F scale = Q::template scale<V>(scales, tile, Q::groups == 2 ? half % 2 : 0, lane);
+      F minimum = V::zero();
+      if constexpr (Q::has_min) minimum = Q::template min<V>(scales, tile, lane);
+      const F zero = V::set1(float(Q::zero));
+      auto put = [&](int j, F code) {
+        F value = V::mul(scale, V::sub(code, zero));
+        if constexpr (Q::has_min) value = V::add(value, minimum);
+        V::store(out + 16 * j + lane, value);
+      };
+      for (int g = 0; g < 4; g++) {
+        const typename V::B granule = codes[first / 4 + g];
+        put(4 * g, V::template byte_to_f<0>(granule));
+        put(4 * g + 1, V::template byte_to_f<1>(granule));
+        put(4 * g + 2, V::template byte_to_f<2>(granule));
+        put(4 * g + 3, V::template byte_to_f<3>(granule));
+      }
+    } else {
+      for (int j = 0; j < 16; j++) V::store(out + 16 * j + lane, Q::template column<V>(plane, first + j, lane));
+    }
+  }
+}
+
+// dst[j][i] = src[i][j], 16 x 16.
+template <class V>
+inline void transpose16(const float* src, int src_stride, float* dst) {
+  for (int i = 0; i < 16; i += V::W)
+    for (int j = 0; j < 16; j += V::W) V::transpose(src + i * src_stride + j, src_stride, dst + j * 16 + i, 16);
+}
+
+// block[p][c], 16 x 16, goes to rows p of a panel whose first column is `panel`.
+template <class V>
+inline void put_block(const float* block, int stride, bf16* panel) {
+  for (int p = 0; p < 16; p += 2)
+    for (int c = 0; c < 16; c += V::W)
+      V::store_bytes(panel + p * kPanelCols + 2 * c, V::pair_bf16(V::load(block + p * stride + c), V::load(block + (p + 1) * stride + c)));
+}
+
+template <class V>
+inline void put_block(const float* block, int stride, float* panel) {
+  for (int p = 0; p < 16; p++)
+    for (int c = 0; c < 16; c += V::W) V::store(panel + p * kPanelCols + c, V::load(block + p * stride + c));
+}
+
+inline bf16* panel_at(bf16* panel, int p, int c) {
+  return panel + p * kPanelCols + 2 * c;
+}
+inline float* panel_at(float* panel, int p, int c) {
+  return panel + p * kPanelCols + c;
+}
+
+template <class V, class T>
+void fill_panel(const Matrix& w, bool backward, int column, int from, int count, T* panel) {
+  const int strips = w.strips(), halves = 2 * w.tiles();
+  with_format(w.format, [&](auto format) {
+    using Q = decltype(format);
+    alignas(64) float block[256], turned[256];
+    for (int c = 0; c < kPanelCols; c += 16)
+      for (int p = 0; p < count; p += 16) {
+        const int strip = (backward ? from + p : column + c) / 16, half = (backward ? column + c : from + p) / 16;
+        const float* source = block;
+        if (strip >= strips || half >= halves) {
+          for (float& x : block) x = 0;
+        } else {
+          decode_half_tile<V, Q>(w, strip, half, block);
+          if (backward) {
+            transpose16<V>(block, 16, turned);
+            source = turned;
+          }
+        }
+        put_block<V>(source, 16, panel_at(panel, p, c));
+      }
+  });
+}
+
+// src[rows][cols] with row stride ld; rows and cols need not be multiples of 16.
+template <class V, class T>
+void fill_plain_panel(const float* src, int ld, int rows, int cols, bool backward, int column, int from, int count, T* panel) {
+  alignas(64) float block[256], turned[256];
+  for (int c = 0; c < kPanelCols; c += 16)
+    for (int p = 0; p < count; p += 16) {
+      const int row = backward ? from + p : column + c, col = backward ? column + c : from + p;
+      for (int i = 0; i < 16; i++)
+        for (int j = 0; j < 16; j++) block[16 * i + j] = row + i < rows && col + j < cols ? src[size_t(row + i) * ld + col + j] : 0.0f;
+      if (!backward) transpose16<V>(block, 16, turned);
+      put_block<V>(backward ? block : turned, 16, panel_at(panel, p, c));
+    }
+}
+
+template <class V>
+void panel_bf16(const Matrix& w, bool backward, int column, int from, int count, bf16* panel) {
+  fill_panel<V>(w, backward, column, from, count, panel);
+}
+template <class V>
+void panel_f32(const Matrix& w, bool backward, int column, int from, int count, float* panel) {
+  fill_panel<V>(w, backward, column, from, count, panel);
+}
+template <class V>
+void plain_panel_bf16(const float* src, int ld, int rows, int cols, bool backward, int column, int from, int count, bf16* panel) {
+  fill_plain_panel<V>(src, ld, rows, cols, backward, column, from, count, panel);
+}
+template <class V>
+void plain_panel_f32(const float* src, int ld, int rows, int cols, bool backward, int column, int from, int count, float* panel) {
+  fill_plain_panel<V>(src, ld, rows, cols, backward, column, from, count, panel);
+}
+
+// ---- the training GEMM: R rows x N vectors of accumulators, one broadcast of a feeds N products -----------------------------
+
+template <class V, int R, int N>
+inline void gemm_tile(const bf16* a, int lda, const bf16* panel, int count, float* c, bool add) {
+  typename V::F acc[R][N];
+  for (int r = 0; r < R; r++)
+    for (int n = 0; n < N; n++) acc[r][n] = add ? V::load(c + r * kPanelCols + n * V::W) : V::zero();
+  for (int p = 0; p < count; p += 2) {
+    typename V::Pairs b[N];
+    for (int n = 0; n < N; n++) b[n] = V::pairs(panel + p * kPanelCols + 2 * n * V::W);
+    for (int r = 0; r < R; r++)
+      for (int n = 0; n < N; n++) acc[r][n] = V::dot_bf16(acc[r][n], b[n], a + size_t(r) * lda + p);
+  }
+  for (int r = 0; r < R; r++)
+    for (int n = 0; n < N; n++) V::store(c + r * kPanelCols + n * V::W, acc[r][n]);
+}
+
+template <class V, int R, int N>
+inline void gemm_tile(const float* a, int lda, const float* panel, int count, float* c, bool add) {
+  typename V::F acc[R][N];
+  for (int r = 0; r < R; r++)
+    for (int n = 0; n < N; n++) acc[r][n] = add ? V::load(c + r * kPanelCols + n * V::W) : V::zero();
+  for (int p = 0; p < count; p++) {
+    typename V::F b[N];
+    for (int n = 0; n < N; n++) b[n] = V::load(panel + p * kPanelCols + n * V::W);
+    for (int r = 0; r < R; r++)
+      for (int n = 0; n < N; n++) acc[r][n] = V::fma(V::set1(a[size_t(r) * lda + p]), b[n], acc[r][n]);
+  }
+  for (int r = 0; r < R; r++)
+    for (int n = 0; n < N; n++) V::store(c + r * kPanelCols + n * V::W, acc[r][n]);
+}
+
+template <class V, class T>
+inline void gemm_panel(const T* a, int lda, int rows, const T* panel, int count, float* c, bool add) {
+  constexpr int R = V::kGemmRows, N = V::kGemmVectors;
+  for (int column = 0; column < kPanelCols; column += N * V::W) {
+    int m = 0;
+    for (; m + R <= rows; m += R) gemm_tile<V, R, N>(a + size_t(m) * lda, lda, panel_at(const_cast<T*>(panel), 0, column), count, c + m * kPanelCols + column, add);
+    for (; m + 2 <= rows; m += 2) gemm_tile<V, 2, N>(a + size_t(m) * lda, lda, panel_at(const_cast<T*>(panel), 0, column), count, c + m * kPanelCols + column, add);
+    if (m < rows) gemm_tile<V, 1, N>(a + size_t(m) * lda, lda, panel_at(const_cast<T*>(panel), 0, column), count, c + m * kPanelCols + column, add);
+  }
+}
+
+template <class V>
+void gemm_bf16(const bf16* a, int lda, int rows, const bf16* panel, int count, float* c, bool add) {
+  gemm_panel<V>(a, lda, rows, panel, count, c, add);
+}
+template <class V>
+void gemm_f32(const float* a, int lda, int rows, const float* panel, int count, float* c, bool add) {
+  gemm_panel<V>(a, lda, rows, panel, count, c, add);
+}
+
+template <class V>
+void read_row(const Matrix& w, int row, float* out) {
+  alignas(64) float block[256] = {};
+  with_format(w.format, [&](auto format) {
+    for (int half = 0; half < 2 * w.tiles(); half++) {
+      decode_half_tile<V, decltype(format)>(w, row / 16, half, block);
+      for (int j = 0; j < 16; j++) out[16 * half + j] = block[16 * j + row % 16];
+    }
+  });
+}
+
+}  // namespace
+}  // namespace nomoat

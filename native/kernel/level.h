@@ -1,0 +1,49 @@
+#pragma once
+// Fills the table from a level's vector type. Included by one file per level, compiled with that level's flags: everything
+// here has internal linkage, so that the linker can never hand one level's code to another.
+
+#include "kernel/attend.h"
+#include "kernel/gemm.h"
+#include "kernel/rowwise.h"
+
+namespace nomoat {
+namespace {
+
+template <class V>
+constexpr Kernels make_kernels(Level level) {
+  Kernels k{};
+  k.level = level;
+  k.gemm_i8 = gemm_i8<V>;
+  k.gemm_float = gemm_float<V>;
+  k.panel_bf16 = panel_bf16<V>;
+  k.panel_f32 = panel_f32<V>;
+  k.plain_panel_bf16 = plain_panel_bf16<V>;
+  k.plain_panel_f32 = plain_panel_f32<V>;
+  k.gemm_bf16 = gemm_bf16<V>;
+  k.gemm_f32 = gemm_f32<V>;
+  k.read_row = read_row<V>;
+  k.lora_shrink = lora_shrink<V>;
+  k.lora_expand = lora_expand<V>;
+  k.outer_bf16 = outer_bf16<V>;
+  k.outer_f32 = outer_f32<V>;
+  k.quantize = quantize<V>;
+  k.to_bf16 = to_bf16<V>;
+  k.to_f32 = to_f32<V>;
+  k.rms_norm = rms_norm<V>;
+  k.rms_norm_backward = rms_norm_backward<V>;
+  k.silu_mul = silu_mul<V>;
+  k.silu_mul_backward = silu_mul_backward<V>;
+  k.axpy = axpy<V>;
+  k.log_sum_exp = log_sum_exp<V>;
+  k.softmax_bf16 = softmax_bf16<V>;
+  k.softmax_f32 = softmax_f32<V>;
+  k.attend_bf16 = attend_bf16<V>;
+  k.attend_f32 = attend_f32<V>;
+  k.attend_backward = attend_backward<V>;
+  k.sum_squares = sum_squares;
+  k.adamw = adamw;
+  return k;
+}
+
+}  // namespace
+}  // namespace nomoat

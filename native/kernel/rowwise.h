@@ -1,0 +1,248 @@
+#pragma once
+// Everything that works on one row or on flat arrays: quantization, norms, activation, softmax, adapters, AdamW.
+// Reductions keep sixteen partial sums at every vector width, so that their order is the same at every level.
+
+#include "kernel/table.h"
+#include "kernel/vexp.h"
+
+namespace nomoat {
+namespace {
+
+// sixteen lanes as 16 / W vectors
+template <class V>
+struct Sixteen {
+  static constexpr int N = 16 / V::W;
+  typename V::F at[N];
+
+  static Sixteen zero() {
+    Sixteen s;
+    for (int i = 0; i < N; i++) s.at[i] = V::zero();
+    return s;
+  }
+  void add_product(const float* x, const float* y) {
+    for (int i = 0; i < N; i++) at[i] = V::fma(V::load(x + i * V::W), V::load(y + i * V::W), at[i]);
+  }
+  float total() const {
+    alignas(64) float lanes[16];
+    for (int i = 0; i < N; i++) V::store(lanes + i * V::W, at[i]);
+    for (int half = 8; half; half /= 2)
+      for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    return lanes[0];
+  }
+};
+
+template <class V>
+inline float dot(const float* x, const float* y, int count) {
+  Sixteen<V> sum = Sixteen<V>::zero();
+  for (int i = 0; i < count; i += 16) sum.add_product(x + i, y + i);
+  return sum.total();
+}
+
+template <class V>
+void quantize(const float* x, int cols, int8_t* q, ActBlock* blocks) {
+  for (int b = 0; b < cols / kTileCols; b++) {
+    const float* at = x + b * kTileCols;
+    typename V::F top = V::zero();
+    for (int i = 0; i < kTileCols; i += V::W) top = V::max(top, V::abs(V::load(at + i)));
+    const float peak = V::max_of(top), scale = peak / 127.0f, inverse = peak > 0 ? 127.0f / peak : 0.0f;
+    const typename V::F factor = V::set1(inverse);
+    for (int i = 0; i < kTileCols; i += V::W) V::store_s8(q + b * kTileCols + i, V::mul(V::load(at + i), factor));
+    int sum[2] = {0, 0};
+    for (int i = 0; i < kTileCols; i++) sum[i / 16] += q[b * kTileCols + i];
+    blocks[b] = {scale, scale * float(sum[0] + sum[1]), {sum[0], sum[1]}};
+  }
+}
+
+template <class V>
+void to_bf16(const float* x, int count, bf16* out) {
+  for (int i = 0; i < count; i += V::W) V::store_bf16(out + i, V::load(x + i));
+}
+
+template <class V>
+void to_f32(const bf16* x, int count, float* out) {
+  for (int i = 0; i < count; i += V::W) V::store(out + i, V::from_bf16(x + i));
+}
+
+template <class V>
+void rms_norm(const float* x, const float* w, int cols, float eps, float* y) {
+  const int padded = round_up(cols, 16);
+  const float inverse = 1.0f / sqrtf(dot<V>(x, x, padded) / float(cols) + eps);
+  for (int i = 0; i < padded; i += V::W) V::store(y + i, V::mul(V::mul(V::load(x + i), V::set1(inverse)), V::load(w + i)));
+}
+
+// With r = rsqrt(mean(x^2) + eps):  dx = r * (w dy - x * r^2 * mean(w dy x))
+template <class V>
+void rms_norm_backward(const float* x, const float* w, const float* dy, int cols, float eps, float* dx) {
+  const int padded = round_up(cols, 16);
+  const float inverse = 1.0f / sqrtf(dot<V>(x, x, padded) / float(cols) + eps);
+  Sixteen<V> sum = Sixteen<V>::zero();
+  for (int i = 0; i < padded; i += 16)
+    for (int j = 0; j < Sixteen<V>::N; j++) {
+      const int at = i + j * V::W;
+      sum.at[j] = V::fma(V::mul(V::load(w + at), V::load(dy + at)), V::load(x + at), sum.at[j]);
+    }
+  const typename V::F r = V::set1(inverse), shift = V::set1(-inverse * inverse * inverse * sum.total() / float(cols));
+  for (int i = 0; i < padded; i += V::W) {
+    const typename V::F scaled = V::mul(V::mul(V::load(w + i), V::load(dy + i)), r);
+    V::store(dx + i, V::add(V::load(dx + i), V::fma(V::load(x + i), shift, scaled)));
+  }
+}
+
+template <class V>
+inline typename V::F sigmoid(typename V::F x) {
+  return V::div(V::set1(1.0f), V::add(V::set1(1.0f), vexp<V>(V::sub(V::zero(), x))));
+}
+
+template <class V>
+void silu_mul(const float* gate, const float* up, int count, float* out) {
+  for (int i = 0; i < count; i += V::W) {
+    const typename V::F g = V::load(gate + i);
+    V::store(out + i, V::mul(V::mul(g, sigmoid<V>(g)), V::load(up + i)));
+  }
+}
+
+// silu'(g) = s * (1 + g * (1 - s)), s = sigmoid(g)
+template <class V>
+void silu_mul_backward(const float* gate, const float* up, const float* d_out, int count, float* d_gate, float* d_up) {
+  const typename V::F one = V::set1(1.0f);
+  for (int i = 0; i < count; i += V::W) {
+    const typename V::F g = V::load(gate + i), s = sigmoid<V>(g), d = V::load(d_out + i), u = V::load(up + i);
+    V::store(d_up + i, V::mul(d, V::mul(g, s)));
+    V::store(d_gate + i, V::mul(V::mul(d, u), V::mul(s, V::fma(g, V::sub(one, s), one))));
+  }
+}
+
+template <class V>
+void axpy(const float* y, float factor, int count, float* x) {
+  for (int i = 0; i < count; i += V::W) V::store(x + i, V::fma(V::load(y + i), V::set1(factor), V::load(x + i)));
+}
+
+template <class V>
+float log_sum_exp(const float* x, int count) {
+  const int whole = count / 16 * 16;
+  float peak = -INFINITY;
+  if (whole) {
+    typename V::F top = V::load(x);
+    for (int i = V::W; i < whole; i += V::W) top = V::max(top, V::load(x + i));
+    peak = V::max_of(top);
+  }
+  for (int i = whole; i < count; i++) peak = x[i] > peak ? x[i] : peak;
+  Sixteen<V> sum = Sixteen<V>::zero();
+  for (int i = 0; i < whole; i += 16)
+    for (int j = 0; j < Sixteen<V>::N; j++) sum.at[j] = V::add(sum.at[j], vexp<V>(V::sub(V::load(x + i + j * V::W), V::set1(peak))));
+  float total = sum.total();
+  for (int i = whole; i < count; i++) total += expf(x[i] - peak);
+  return peak + logf(total);
+}
+
+template <class V>
+void softmax_bf16(const float* x, float lse, float factor, int count, bf16* out) {
+  for (int i = 0; i < count; i += V::W) V::store_bf16(out + i, V::mul(vexp<V>(V::sub(V::load(x + i), V::set1(lse))), V::set1(factor)));
+}
+
+template <class V>
+void softmax_f32(const float* x, float lse, float factor, int count, float* out) {
+  for (int i = 0; i < count; i += V::W) V::store(out + i, V::mul(vexp<V>(V::sub(V::load(x + i), V::set1(lse))), V::set1(factor)));
+}
+
+// ---- adapters -----------------------------------------------------------------------------------------------------------
+
+template <class V>
+void lora_shrink(const float* x, const float* a, int lda, const float* scale, int rank, int cols, float* u) {
+  for (int r = 0; r < rank; r++) {
+    const float* row = a + size_t(r) * lda;
+    const int whole = cols / 16 * 16;
+    float sum = dot<V>(x, row, whole);
+    for (int k = whole; k < cols; k++) sum += x[k] * row[k];
+    u[r] = scale[r] * sum;
+  }
+}
+
+template <class V>
+void lora_expand(const float* u, const float* bt, int ldb, int rank, int first, int last, float* y) {
+  int n = first;
+  for (; n + V::W <= last; n += V::W) {
+    typename V::F acc = V::zero();
+    for (int r = 0; r < rank; r++) acc = V::fma(V::load(bt + size_t(r) * ldb + n), V::set1(u[r]), acc);
+    V::store(y + n, V::add(V::load(y + n), acc));
+  }
+  for (; n < last; n++) {
+    float acc = 0;
+    for (int r = 0; r < rank; r++) acc += bt[size_t(r) * ldb + n] * u[r];
+    y[n] += acc;
+  }
+}
+
+template <class V>
+inline typename V::F load_as_float(const bf16* x) {
+  return V::from_bf16(x);
+}
+template <class V>
+inline typename V::F load_as_float(const float* x) {
+  return V::load(x);
+}
+
+template <class V, class T, int R>
+inline void outer_tile(const float* u, int ldu, const T* x, int ldx, int rows, float* out, int ldo, int width) {
+  constexpr int N = 16 / V::W;
+  typename V::F acc[R][N];
+  for (int r = 0; r < R; r++)
+    for (int n = 0; n < N; n++) acc[r][n] = V::zero();
+  for (int m = 0; m < rows; m++) {
+    typename V::F v[N];
+    for (int n = 0; n < N; n++) v[n] = load_as_float<V>(x + size_t(m) * ldx + n * V::W);
+    for (int r = 0; r < R; r++) {
+      const typename V::F factor = V::set1(u[size_t(m) * ldu + r]);
+      for (int n = 0; n < N; n++) acc[r][n] = V::fma(v[n], factor, acc[r][n]);
+    }
+  }
+  for (int r = 0; r < R; r++) {
+    alignas(64) float lanes[16];
+    for (int n = 0; n < N; n++) V::store(lanes + n * V::W, acc[r][n]);
+    for (int i = 0; i < width; i++) out[size_t(r) * ldo + i] += lanes[i];
+  }
+}
+
+template <class V, class T>
+inline void outer(const float* u, int ldu, int rank, const T* x, int ldx, int rows, int first, int last, float* out, int ldo) {
+  for (int c = first; c < last; c += 16) {
+    const int width = last - c < 16 ? last - c : 16;
+    int r = 0;
+    for (; r + 8 <= rank; r += 8) outer_tile<V, T, 8>(u + r, ldu, x + c, ldx, rows, out + size_t(r) * ldo + c, ldo, width);
+    for (; r < rank; r++) outer_tile<V, T, 1>(u + r, ldu, x + c, ldx, rows, out + size_t(r) * ldo + c, ldo, width);
+  }
+}
+
+template <class V>
+void outer_bf16(const float* u, int ldu, int rank, const bf16* x, int ldx, int rows, int first, int last, float* out, int ldo) {
+  outer<V>(u, ldu, rank, x, ldx, rows, first, last, out, ldo);
+}
+template <class V>
+void outer_f32(const float* u, int ldu, int rank, const float* x, int ldx, int rows, int first, int last, float* out, int ldo) {
+  outer<V>(u, ldu, rank, x, ldx, rows, first, last, out, ldo);
+}
+
+// ---- optimizer ----------------------------------------------------------------------------------------------------------
+
+inline double sum_squares(const float* x, int64_t count) {
+  double lanes[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8)
+    for (int j = 0; j < 8; j++) lanes[j] += double(x[i + j]) * double(x[i + j]);
+  for (int j = 0; i < count; i++, j++) lanes[j] += double(x[i]) * double(x[i]);
+  return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+}
+
+// Plain loops: the compiler vectorizes them, element by element, so every level computes the same function.
+inline void adamw(float* w, const float* g, float* m, float* v, int64_t count, float grad_scale, float beta1, float beta2, float step_size,
+                  float root_correction, float eps, float decay) {
+  for (int64_t i = 0; i < count; i++) {
+    const float gradient = g[i] * grad_scale;
+    m[i] = beta1 * m[i] + (1.0f - beta1) * gradient;
+    v[i] = beta2 * v[i] + (1.0f - beta2) * gradient * gradient;
+    w[i] = w[i] * decay - step_size * m[i] / (sqrtf(v[i]) * root_correction + eps);
+  }
+}
+
+}  // namespace
+}  // namespace nomoat

@@ -1,0 +1,126 @@
+#pragma once
+// The contract between the hardware and the engine: one table of functions a CPU level, each with its maths in one line.
+// Every float buffer has rows padded to 32 elements, the padding zero. Sums run in a fixed order that depends neither on the
+// number of rows nor on threads. Reading order: this file, then gemm.h, attend.h, rowwise.h, then one level (avx512.cc).
+
+#include <cstdint>
+
+#include "base/cpu.h"
+#include "quant/format.h"
+
+namespace nomoat {
+
+using bf16 = uint16_t;
+
+// Columns of a GEMM panel: three strips. 8 rows x 48 columns fill the 32 registers of AVX-512 with 24 accumulators.
+constexpr int kPanelCols = 48;
+// Tokens of one page of the key/value cache.
+constexpr int kPageTokens = 64;
+
+// 32 activations as int8: x[i] ~ scale * q[i]; scaled_sum = scale * sum(q); sum[h] = sum of half h.
+struct ActBlock {
+  float scale, scaled_sum;
+  int32_t sum[2];
+};
+
+// Query rows that share one kv head, against the cache. A "virtual row" is one (row, head) pair.
+struct AttendArgs {
+  const float* q;            // [rows][heads][dim], already scaled
+  int rows, heads, dim;      // heads = query heads of the group; dim = head dimension padded to 16
+  int q_stride;              // floats between rows
+  int first_position;        // position of row 0; row i sees keys [max(0, p - window + 1), p], p = first_position + i
+  int window;                // 0 = all
+  const uint8_t* const* k;   // page -> keys [4 blocks of 16][dim / 2][16][2] bf16, or [4][dim][16] f32
+  const uint8_t* const* v;   // page -> values [64][dim]
+  float* out;                // [rows][heads][dim], stride q_stride
+  float* lse;                // [rows][heads] log of the sum of exponentials, stride lse_stride; may be null
+  int lse_stride;
+  float* scratch;            // rows * heads * round_up(last position + 1, 16)
+};
+
+// One segment and one kv head, all in float32. `scale` is the one that the forward pass put into q.
+struct AttendBackwardArgs {
+  const float *q, *out, *d_out;  // [count][heads][dim], q already scaled, stride q_stride
+  const float *k, *v;            // [count][dim]
+  const float* lse;              // [count][heads], stride lse_stride
+  int count, heads, dim, q_stride, lse_stride, window;
+  float scale;
+  float* dq;                     // [count][heads][dim], stride q_stride
+  float *dk, *dv;                // [count][dim]
+  float* scratch;                // attend_backward_scratch(count, heads, dim) floats
+};
+
+constexpr int kAttendRows = 4;  // query rows taken together by the attention kernels
+
+inline int64_t attend_backward_scratch(int count, int heads, int dim) {
+  const int64_t keys = round_up(count, 16);
+  return 2 * keys * dim + 2 * int64_t(kAttendRows) * heads * keys;
+}
+
+struct Kernels {
+  Level level;
+  // -- products with packed weights -------------------------------------------------------------------------------
+  // y[m, 16s + r] (+)= sum_k W[16s + r, k] x[m, k] for strips s of [first, last), integer formats, int8 activations
+  void (*gemm_i8)(const Matrix& w, int first, int last, const int8_t* q, const ActBlock* blocks, int rows, float* y, int ldy, bool add);
+  // the same in float32: the product for F32, F16 and BF16 weights
+  void (*gemm_float)(const Matrix& w, int first, int last, const float* x, int ldx, int rows, float* y, int ldy, bool add);
+  // panel[p][c] = W[column + c, from + p], or W[from + p, column + c] when `backward`; c < 48, p < count (a multiple of 16).
+  // bf16 panels hold pairs [p / 2][48][2]; f32 panels [p][48]. Outside the matrix: zero.
+  void (*panel_bf16)(const Matrix& w, bool backward, int column, int from, int count, bf16* panel);
+  void (*panel_f32)(const Matrix& w, bool backward, int column, int from, int count, float* panel);
+  // the same from a plain float32 matrix src[rows][ld]: panel[p][c] = src[column + c][from + p], or src[from + p][column + c]
+  void (*plain_panel_bf16)(const float* src, int ld, int rows, int cols, bool backward, int column, int from, int count, bf16* panel);
+  void (*plain_panel_f32)(const float* src, int ld, int rows, int cols, bool backward, int column, int from, int count, float* panel);
+  // c[m, 0..47] (+)= sum_p a[m, p] panel[p, c]
+  void (*gemm_bf16)(const bf16* a, int lda, int rows, const bf16* panel, int count, float* c, bool add);
+  void (*gemm_f32)(const float* a, int lda, int rows, const float* panel, int count, float* c, bool add);
+  // out[k] = W[row, k]
+  void (*read_row)(const Matrix& w, int row, float* out);
+  // -- adapters, float32 --------------------------------------------------------------------------------------------
+  // u[r] = scale[r] * sum_k a[r, k] x[k]
+  void (*lora_shrink)(const float* x, const float* a, int lda, const float* scale, int rank, int cols, float* u);
+  // y[n] += sum_r u[r] bt[r, n]
+  void (*lora_expand)(const float* u, const float* bt, int ldb, int rank, int first, int last, float* y);
+  // out[r, c] += sum_m u[m, r] x[m, c] for columns [first, last), multiples of 16
+  void (*outer_bf16)(const float* u, int ldu, int rank, const bf16* x, int ldx, int rows, int first, int last, float* out, int ldo);
+  void (*outer_f32)(const float* u, int ldu, int rank, const float* x, int ldx, int rows, int first, int last, float* out, int ldo);
+  // -- rows ---------------------------------------------------------------------------------------------------------
+  void (*quantize)(const float* x, int cols, int8_t* q, ActBlock* blocks);
+  void (*to_bf16)(const float* x, int count, bf16* out);
+  void (*to_f32)(const bf16* x, int count, float* out);
+  // y = x * w * rsqrt(mean(x^2) + eps)
+  void (*rms_norm)(const float* x, const float* w, int cols, float eps, float* y);
+  // dx += d(rms_norm)/dx applied to dy
+  void (*rms_norm_backward)(const float* x, const float* w, const float* dy, int cols, float eps, float* dx);
+  // out = silu(gate) * up;  d_gate, d_up from d_out
+  void (*silu_mul)(const float* gate, const float* up, int count, float* out);
+  void (*silu_mul_backward)(const float* gate, const float* up, const float* d_out, int count, float* d_gate, float* d_up);
+  // x[i] += y[i] * factor
+  void (*axpy)(const float* y, float factor, int count, float* x);
+  // returns log(sum(exp(x)))
+  float (*log_sum_exp)(const float* x, int count);
+  // out[i] = factor * (exp(x[i] - lse)), bf16 or float
+  void (*softmax_bf16)(const float* x, float lse, float factor, int count, bf16* out);
+  void (*softmax_f32)(const float* x, float lse, float factor, int count, float* out);
+  // -- attention ----------------------------------------------------------------------------------------------------
+  void (*attend_bf16)(const AttendArgs& args);
+  void (*attend_f32)(const AttendArgs& args);
+  void (*attend_backward)(const AttendBackwardArgs& args);
+  // -- optimizer ----------------------------------------------------------------------------------------------------
+  double (*sum_squares)(const float* x, int64_t count);
+  // AdamW (Loshchilov and Hutter 2019): the bias corrections are folded into `step_size` and `root_correction`
+  void (*adamw)(float* w, const float* g, float* m, float* v, int64_t count, float grad_scale, float beta1, float beta2, float step_size,
+                float root_correction, float eps, float decay);
+};
+
+const Kernels* scalar_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx2_vnni_kernels();
+const Kernels* avx512_kernels();
+const Kernels* neon_kernels();
+
+// The kernels in use: the best usable level, or the one that set_level chose.
+const Kernels& kernels();
+void set_level(Level level);
+
+}  // namespace nomoat

@@ -1,0 +1,206 @@
+#pragma once
+// What the ops share: a model's weights and dimensions, the rows of one step, the tape of a training step, scratch memory.
+//
+// Dimension letters: M rows, D width, H query heads, K kv heads, d head dimension (padded to 16 inside attention), F ffn width,
+// V vocabulary, R adapter rank. Row strides are rounded up to 32 elements and the padding is zero.
+
+#include <array>
+#include <memory>
+#include <vector>
+
+#include "base/buffer.h"
+#include "base/threads.h"
+#include "kernel/table.h"
+
+namespace nomoat {
+
+enum class Mode : int { int8, bf16, f32 };  // activations of the products with weights
+
+enum Target { kQ, kK, kV, kO, kGate, kUp, kDown, kTargets };
+
+inline int padded(int n) {
+  return round_up(n, 32);
+}
+
+struct Dims {
+  int layers, width, heads, kv_heads, head_dim, ffn, vocab, context, window;
+  float eps;
+  bool interleaved;
+  int rope_dim;
+  float rope_magnitude;
+
+  int head_stride() const { return round_up(head_dim, 16); }
+  int q_width() const { return heads * head_dim; }
+  int kv_width() const { return kv_heads * head_dim; }
+  int group() const { return heads / kv_heads; }
+};
+
+// y += sum_r scale[r] * bt[r, :] * (a[r, :] . x): adapters of one linear, stacked by rank. Gradients accumulate into da and dbt
+// [rank - trained, ...] for the ranks from `trained` on; null when nothing is trained.
+struct Lora {
+  const float *a = nullptr, *bt = nullptr, *scale = nullptr;
+  float *da = nullptr, *dbt = nullptr;
+  int rank = 0, trained = 0;
+};
+
+using LoraSet = std::vector<std::array<Lora, kTargets>>;  // [layer][target]
+
+// A run of consecutive rows that belong to one sequence.
+struct Segment {
+  int row, count, position;
+  const int32_t* pages;  // page table of the sequence, for positions [0, position + count)
+  const LoraSet* lora;   // null = base model
+};
+
+struct Batch {
+  int rows = 0;
+  std::vector<Segment> segments;
+  std::vector<int32_t> page_tables;
+  const LoraSet* lora() const { return segments.empty() ? nullptr : segments[0].lora; }
+};
+
+// Paged keys and values. One page holds kPageTokens positions of every layer: per layer and kv head, keys then values.
+class KvCache {
+ public:
+  KvCache(int layers, const Dims& dims, bool f32);
+  KvCache(KvCache&&) = default;
+  void reserve(int pages);
+  size_t page_bytes() const { return layers_ * layer_bytes_; }
+  int pages() const { return int(pages_.size()); }
+  bool f32() const { return f32_; }
+  int layers() const { return int(layers_); }
+
+  uint8_t* keys(int page, int layer, int head) const { return pages_[page].data<uint8_t>() + layer * layer_bytes_ + head * head_bytes_; }
+  uint8_t* values(int page, int layer, int head) const { return keys(page, layer, head) + head_bytes_ / 2; }
+
+ private:
+  size_t layers_, head_bytes_, layer_bytes_;
+  bool f32_;
+  std::vector<Buffer> pages_;
+};
+
+// What backward needs of one layer. Element type: bf16 or float by mode. U: rank-r intermediates, float32.
+struct LayerTape {
+  Buffer x, q, k, v, mixed, lse, middle, gate, up;
+  std::array<Buffer, kTargets> u;
+};
+
+// A training step. Layers that are not kept store their float32 input and are run again before their backward.
+struct Tape {
+  std::vector<LayerTape> kept;    // by layer; empty buffers where not kept
+  std::vector<Buffer> inputs;     // by layer, float32 [M][D], where not kept
+  std::vector<char> keep;
+  LayerTape again;                // the layer that is being run again
+  KvCache scratch;                // keys and values of one layer
+
+  Tape(const Dims& dims, Mode mode) : kept(dims.layers), inputs(dims.layers), keep(dims.layers, 1), scratch(1, dims, mode == Mode::f32) {}
+  Tape(Tape&&) = default;
+};
+
+struct Layer {
+  std::array<Matrix, kTargets> w;
+  const float *attn_norm = nullptr, *mlp_norm = nullptr;
+};
+
+struct Engine {
+  explicit Engine(const Dims& d) : dims(d), layers(size_t(d.layers)) {}
+  Engine(Engine&&) = default;
+
+  Dims dims;
+  std::vector<Layer> layers;
+  Matrix embed, head;
+  const float* final_norm = nullptr;
+  std::vector<float> inv_freq;
+
+  // cos, sin of positions [0, n): [n][rope_dim / 2][2]
+  const float* rope_table(int positions);
+
+  // scratch, grown on demand; names say who uses them
+  Buffer normed, normed_low, blocks, q8, q, k, v, attn_q, attn_k, attn_v, mixed, mixed_flat, gate, up, act, act_low, u, du, logits, lse, dy_low, dx, dgate, dup, dmixed,
+      dq, dk, dv, head_x, head_dx, x_wide;
+  std::array<Buffer, kTargets> target_u;
+  std::vector<Buffer> thread_scratch = std::vector<Buffer>(256);
+
+ private:
+  std::vector<float> rope_;
+};
+
+// ---- op/linear.cc ----
+
+// Rows prepared for products in one mode; `cols` is padded to 32.
+struct Activations {
+  Mode mode;
+  int rows, cols;
+  const float* f32;
+  const bf16* low;
+  const int8_t* q;
+  const ActBlock* blocks;
+};
+
+// Converts x[rows][cols] (stride cols) into `low` (bf16) or `q` + `blocks` (int8) as the mode asks.
+Activations prepare(Mode mode, const float* x, int rows, int cols, Buffer& low, Buffer& q, Buffer& blocks);
+
+struct LinearJob {
+  const Matrix* w;
+  int target;   // which adapters apply; kTargets = none
+  float* y;     // [rows][ldy]
+  int ldy;
+  bool add;     // y += instead of y =
+  Buffer* u;    // where the tape keeps the rank-r intermediate; null = scratch
+};
+
+// y = W x + adapters, for jobs that share their input.
+void linear(Engine& engine, const Activations& x, const LinearJob* jobs, int count, const Batch& batch, int layer);
+
+struct LinearBackwardJob {
+  const Matrix* w;
+  int target;
+  const float* dy;  // [rows][ldy], padding zero
+  int ldy;
+  const float* u;   // from the tape; null without adapters
+};
+
+// dx (+)= sum over jobs of dy W + adapters; accumulates da and dbt. `x` is the forward input. dx may be null (not needed).
+void linear_backward(Engine& engine, const Activations& x, const LinearBackwardJob* jobs, int count, const Batch& batch, int layer, float* dx, int ldx);
+
+// ---- op/rows.cc ----
+
+// Runs body(first, last) over row ranges, in parallel when there is enough work. Rows must be independent.
+template <class Body>
+void for_rows(int rows, int grain, Body&& body) {
+  const int chunks = rows <= grain ? 1 : (rows + grain - 1) / grain;
+  parallel_for(chunks, [&](int task, int) { body(task * grain, rows < (task + 1) * grain ? rows : (task + 1) * grain); });
+}
+
+// norm(x) of every row, in engine.normed.
+const float* normed(Engine& engine, const float* x, const float* weight, int rows);
+
+// Saves float32 rows on the tape as bf16 or float, and reads them back.
+void save_rows(Mode mode, const float* x, size_t count, Buffer& into);
+const float* load_rows(Mode mode, const Buffer& saved, size_t count, Buffer& wide);
+
+// ---- blocks: forward and backward of one half layer; x and dx are the residual stream, float32 [M][padded D] ----
+
+void attention_forward(Engine&, int layer, Mode, float* x, const Batch&, const KvCache&, int cache_layer, LayerTape*);
+void attention_backward(Engine&, int layer, Mode, float* dx, const Batch&, const LayerTape&, bool need_dx);
+void mlp_forward(Engine&, int layer, Mode, float* x, const Batch&, LayerTape*);
+void mlp_backward(Engine&, int layer, Mode, float* dx, const Batch&, const LayerTape&);
+
+void embed_rows(Engine&, const int32_t* tokens, int rows, float* x);
+// logits[i, :] = head(norm(x[rows[i]])), float32 [count][vocab padded to 32]
+void head_logits(Engine&, Mode, const float* x, const int32_t* rows, int count, float* logits);
+// logp[i] = log p(targets[i] | x[rows[i]]); when d_logp is given, dx[rows[i]] += d_logp[i] * d logp[i] / dx.
+void head_logprobs(Engine&, Mode, const float* x, const int32_t* rows, const int32_t* targets, int count, float* logp, const float* d_logp, float* dx);
+
+// ---- op/sample.cc ----
+
+struct Sampling {
+  float temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty;
+  int top_k;
+  uint64_t seed;
+};
+
+// Picks a token. `recent` are the tokens that the penalties look at; `step` numbers the draws of one seed.
+int sample(const float* logits, int vocab, const Sampling& options, const int32_t* recent, int recent_count, uint64_t step);
+
+}  // namespace nomoat

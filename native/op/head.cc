@@ -1,0 +1,80 @@
+// logits = Whead norm(x), and the cross-entropy over the rows that carry loss: log-probabilities out, gradients back.
+
+#include <cmath>
+
+#include "op/engine.h"
+
+namespace nomoat {
+
+namespace {
+
+// Rows whose logits are alive at once: 128 x 49,152 floats are 25 MB.
+constexpr int kChunk = 128;
+
+const float* gather_normed(Engine& engine, const float* x, const int32_t* rows, int count) {
+  const int width = padded(engine.dims.width);
+  float* h = engine.head_x.get<float>(size_t(count) * width);
+  for_rows(count, 4, [&](int first, int last) {
+    for (int i = first; i < last; i++)
+      kernels().rms_norm(x + size_t(rows[i]) * width, engine.final_norm, engine.dims.width, engine.dims.eps, h + size_t(i) * width);
+  });
+  return h;
+}
+
+Activations project(Engine& engine, Mode mode, const float* h, int count, float* logits) {
+  const Batch plain;  // no adapters on the head
+  const Activations input = prepare(mode, h, count, padded(engine.dims.width), engine.normed_low, engine.q8, engine.blocks);
+  const LinearJob job[] = {{&engine.head, kTargets, logits, padded(engine.dims.vocab), false, nullptr}};
+  linear(engine, input, job, 1, plain, 0);
+  return input;
+}
+
+// dlogits = d_logp * (onehot(target) - softmax(logits)), in place of the logits.
+void logits_backward(const Engine& engine, float* logits, const float* lse, const int32_t* targets, const float* d_logp, int count) {
+  const int vocab = padded(engine.dims.vocab);
+  for_rows(count, 1, [&](int first, int last) {
+    for (int i = first; i < last; i++) {
+      float* row = logits + size_t(i) * vocab;
+      const float logp = row[targets[i]] - lse[i];
+      kernels().softmax_f32(row, lse[i], -d_logp[i], vocab, row);
+      row[targets[i]] = d_logp[i] * -std::expm1(logp);
+      for (int t = engine.dims.vocab; t < vocab; t++) row[t] = 0;
+    }
+  });
+}
+
+}  // namespace
+
+void head_logits(Engine& engine, Mode mode, const float* x, const int32_t* rows, int count, float* logits) {
+  project(engine, mode, gather_normed(engine, x, rows, count), count, logits);
+}
+
+void head_logprobs(Engine& engine, Mode mode, const float* x, const int32_t* rows, const int32_t* targets, int count, float* logp, const float* d_logp, float* dx) {
+  const int width = padded(engine.dims.width), vocab = padded(engine.dims.vocab);
+  for (int first = 0; first < count; first += kChunk) {
+    const int n = count - first < kChunk ? count - first : kChunk;
+    const float* h = gather_normed(engine, x, rows + first, n);
+    float* logits = engine.logits.get<float>(size_t(n) * vocab);
+    float* lse = engine.lse.get<float>(size_t(n));
+    const Activations input = project(engine, mode, h, n, logits);
+    for_rows(n, 1, [&](int a, int b) {
+      for (int i = a; i < b; i++) {
+        const float* row = logits + size_t(i) * vocab;
+        lse[i] = kernels().log_sum_exp(row, engine.dims.vocab);
+        logp[first + i] = row[targets[first + i]] - lse[i];
+      }
+    });
+    if (!d_logp) continue;
+    logits_backward(engine, logits, lse, targets + first, d_logp + first, n);
+    const Batch plain;
+    const LinearBackwardJob job[] = {{&engine.head, kTargets, logits, vocab, nullptr}};
+    float* dh = engine.head_dx.get<float>(size_t(n) * width);
+    linear_backward(engine, input, job, 1, plain, 0, dh, width);
+    for (int i = 0; i < n; i++) {
+      const size_t at = size_t(rows[first + i]) * width;
+      kernels().rms_norm_backward(x + at, engine.final_norm, dh + size_t(i) * width, engine.dims.width, engine.dims.eps, dx + at);
+    }
+  }
+}
+
+}  // namespace nomoat

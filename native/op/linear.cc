@@ -1,0 +1,303 @@
+// y = W x + B (A x), and its backward. Base weights stay packed; adapters are added beside them.
+
+#include <type_traits>
+
+#include "op/engine.h"
+
+namespace nomoat {
+
+namespace {
+
+// Contraction steps of one panel: 256 x 48 bf16 are 24 KB, which leave half of a 48 KB first-level cache to the rows.
+constexpr int kPanelDepth = 256;
+
+template <class T>
+struct Ops;
+
+template <>
+struct Ops<bf16> {
+  static void panel(const Matrix& w, bool backward, int column, int from, int count, bf16* out) { kernels().panel_bf16(w, backward, column, from, count, out); }
+  static void plain_panel(const float* s, int ld, int rows, int cols, bool backward, int column, int from, int count, bf16* out) {
+    kernels().plain_panel_bf16(s, ld, rows, cols, backward, column, from, count, out);
+  }
+  static void gemm(const bf16* a, int lda, int rows, const bf16* panel, int count, float* c, bool add) { kernels().gemm_bf16(a, lda, rows, panel, count, c, add); }
+  static void outer(const float* u, int ldu, int rank, const bf16* x, int ldx, int rows, int first, int last, float* out, int ldo) {
+    kernels().outer_bf16(u, ldu, rank, x, ldx, rows, first, last, out, ldo);
+  }
+  static const bf16* of(const Activations& x) { return x.low; }
+};
+
+template <>
+struct Ops<float> {
+  static void panel(const Matrix& w, bool backward, int column, int from, int count, float* out) { kernels().panel_f32(w, backward, column, from, count, out); }
+  static void plain_panel(const float* s, int ld, int rows, int cols, bool backward, int column, int from, int count, float* out) {
+    kernels().plain_panel_f32(s, ld, rows, cols, backward, column, from, count, out);
+  }
+  static void gemm(const float* a, int lda, int rows, const float* panel, int count, float* c, bool add) { kernels().gemm_f32(a, lda, rows, panel, count, c, add); }
+  static void outer(const float* u, int ldu, int rank, const float* x, int ldx, int rows, int first, int last, float* out, int ldo) {
+    kernels().outer_f32(u, ldu, rank, x, ldx, rows, first, last, out, ldo);
+  }
+  static const float* of(const Activations& x) { return x.f32; }
+};
+
+const Lora* lora_of(const LoraSet* set, int layer, int target) {
+  if (!set || target == kTargets) return nullptr;
+  const Lora& lora = (*set)[layer][target];
+  return lora.rank ? &lora : nullptr;
+}
+
+// Consecutive segments with the same adapters, as one run of rows.
+template <class Visit>
+void for_adapter_runs(const Batch& batch, int layer, int target, Visit&& visit) {
+  for (size_t i = 0; i < batch.segments.size();) {
+    const LoraSet* set = batch.segments[i].lora;
+    const int first = batch.segments[i].row;
+    size_t j = i;
+    while (j < batch.segments.size() && batch.segments[j].lora == set) j++;
+    const int last = batch.segments[j - 1].row + batch.segments[j - 1].count;
+    if (const Lora* lora = lora_of(set, layer, target)) visit(*lora, first, last);
+    i = j;
+  }
+}
+
+int widest_rank(const Batch& batch, int layer, int target) {
+  int rank = 0;
+  for_adapter_runs(batch, layer, target, [&](const Lora& lora, int, int) { rank = lora.rank > rank ? lora.rank : rank; });
+  return rank;
+}
+
+// Equal shares of rows, one a thread: each share decodes its own panels.
+template <class Body>
+void for_shares(int rows, Body&& body) {
+  const int shares = rows < 32 ? 1 : threads();
+  parallel_for(shares, [&](int task, int thread) {
+    const int first = int(int64_t(rows) * task / shares), last = int(int64_t(rows) * (task + 1) / shares);
+    if (first < last) body(first, last, thread);
+  });
+}
+
+// out[m, r] = scale[r] * sum_p a[m, p] s[r, p] for m in [0, rows), s plain [rank][ld]
+template <class T>
+void project_rows(const T* a, int lda, int rows, const float* s, int ld, int width, int rank, const float* scale, float* out, int ldo, Buffer& scratch) {
+  T* panel = scratch.get<T>(size_t(kPanelDepth) * kPanelCols + sizeof(float) / sizeof(T) * size_t(rows) * kPanelCols);
+  float* c = reinterpret_cast<float*>(panel + size_t(kPanelDepth) * kPanelCols);
+  for (int column = 0; column < rank; column += kPanelCols) {
+    for (int from = 0; from < width; from += kPanelDepth) {
+      const int count = width - from < kPanelDepth ? round_up(width - from, 16) : kPanelDepth;
+      Ops<T>::plain_panel(s, ld, rank, width, false, column, from, count, panel);
+      Ops<T>::gemm(a + from, lda, rows, panel, count, c, from > 0);
+    }
+    const int last = rank - column < kPanelCols ? rank - column : kPanelCols;
+    for (int m = 0; m < rows; m++)
+      for (int r = 0; r < last; r++) out[size_t(m) * ldo + column + r] = scale[column + r] * c[m * kPanelCols + r];
+  }
+}
+
+// ---- forward ----------------------------------------------------------------------------------------------------------
+
+void linear_int8(const Activations& x, const LinearJob* jobs, int count) {
+  int strips = 0;
+  for (int j = 0; j < count; j++) strips += jobs[j].w->strips();
+  const int tasks = strips < 8 * threads() ? strips : 8 * threads();
+  parallel_for(tasks, [&](int task, int) {
+    int first = int(int64_t(strips) * task / tasks), last = int(int64_t(strips) * (task + 1) / tasks);
+    for (int j = 0; j < count && first < last; j++) {
+      const LinearJob& job = jobs[j];
+      const int own = job.w->strips(), begin = first < 0 ? 0 : first, end = last < own ? last : own;
+      if (begin < end) {
+        if (job.w->format == Format::F32 || job.w->format == Format::F16 || job.w->format == Format::BF16)
+          kernels().gemm_float(*job.w, begin, end, x.f32, x.cols, x.rows, job.y, job.ldy, job.add);
+        else
+          kernels().gemm_i8(*job.w, begin, end, x.q, x.blocks, x.rows, job.y, job.ldy, job.add);
+      }
+      first = first - own < 0 ? 0 : first - own;
+      last -= own;
+    }
+  });
+}
+
+void adapters_int8(Engine& engine, const Activations& x, const LinearJob* jobs, int count, const Batch& batch, int layer) {
+  for (int j = 0; j < count; j++) {
+    const LinearJob& job = jobs[j];
+    const int rank = widest_rank(batch, layer, job.target);
+    if (!rank) continue;
+    const int columns = job.w->cols, rows = job.w->rows;
+    float* u = engine.u.get<float>(size_t(x.rows) * rank);
+    for_adapter_runs(batch, layer, job.target, [&](const Lora& lora, int first, int last) {
+      for_rows(last - first, 4, [&](int a, int b) {
+        for (int m = first + a; m < first + b; m++) {
+          kernels().lora_shrink(x.f32 + size_t(m) * x.cols, lora.a, columns, lora.scale, lora.rank, columns, u + size_t(m) * rank);
+          kernels().lora_expand(u + size_t(m) * rank, lora.bt, rows, lora.rank, 0, rows, job.y + size_t(m) * job.ldy);
+        }
+      });
+    });
+  }
+}
+
+template <class T>
+void linear_panels(Engine& engine, const Activations& x, const LinearJob* jobs, int count, const Batch& batch, int layer) {
+  std::vector<const float*> u(count, nullptr);
+  std::vector<int> ranks(count, 0);
+  for (int j = 0; j < count; j++) {
+    ranks[j] = widest_rank(batch, layer, jobs[j].target);
+    if (!ranks[j]) continue;
+    float* to = (jobs[j].u ? *jobs[j].u : engine.target_u[jobs[j].target]).get<float>(size_t(x.rows) * ranks[j]);
+    u[j] = to;
+    for_adapter_runs(batch, layer, jobs[j].target, [&](const Lora& lora, int first, int last) {
+      for_shares(last - first, [&](int a, int b, int thread) {
+        project_rows<T>(Ops<T>::of(x) + size_t(first + a) * x.cols, x.cols, b - a, lora.a, jobs[j].w->cols, jobs[j].w->cols, lora.rank, lora.scale,
+                        to + size_t(first + a) * ranks[j], ranks[j], engine.thread_scratch[thread]);
+      });
+    });
+  }
+  struct Tile {
+    int job, column;
+  };
+  std::vector<Tile> tiles;
+  for (int j = 0; j < count; j++)
+    for (int column = 0; column < jobs[j].w->rows; column += kPanelCols) tiles.push_back({j, column});
+  parallel_for(int(tiles.size()), [&](int task, int thread) {
+    const LinearJob& job = jobs[tiles[task].job];
+    const int column = tiles[task].column, rank = ranks[tiles[task].job], depth = job.w->tiles() * kTileCols;
+    const size_t panel_floats = size_t(kPanelDepth > rank ? kPanelDepth : rank) * kPanelCols;
+    float* c = engine.thread_scratch[thread].get<float>(panel_floats + size_t(x.rows) * kPanelCols);
+    T* panel = reinterpret_cast<T*>(c + size_t(x.rows) * kPanelCols);
+    for (int from = 0; from < depth; from += kPanelDepth) {
+      const int steps = depth - from < kPanelDepth ? depth - from : kPanelDepth;
+      Ops<T>::panel(*job.w, false, column, from, steps, panel);
+      Ops<T>::gemm(Ops<T>::of(x) + from, x.cols, x.rows, panel, steps, c, from > 0);
+    }
+    if (rank) {
+      float* plain = reinterpret_cast<float*>(panel);
+      for_adapter_runs(batch, layer, job.target, [&](const Lora& lora, int first, int last) {
+        const float* own = u[tiles[task].job] + size_t(first) * rank;
+        kernels().plain_panel_f32(lora.bt, job.w->rows, lora.rank, job.w->rows, true, column, 0, round_up(lora.rank, 16), plain);
+        kernels().gemm_f32(own, rank, last - first, plain, lora.rank, c + size_t(first) * kPanelCols, true);
+      });
+    }
+    const int width = job.ldy - column < kPanelCols ? job.ldy - column : kPanelCols;
+    for (int m = 0; m < x.rows; m++) {
+      float* y = job.y + size_t(m) * job.ldy + column;
+      const float* own = c + size_t(m) * kPanelCols;
+      if (job.add)
+        for (int i = 0; i < width; i++) y[i] += own[i];
+      else
+        std::memcpy(y, own, size_t(width) * sizeof(float));
+    }
+  });
+}
+
+// ---- backward ---------------------------------------------------------------------------------------------------------
+
+template <class T>
+void backward_panels(Engine& engine, const Activations& x, const LinearBackwardJob* jobs, int count, const Batch& batch, int layer, float* dx, int ldx) {
+  size_t total = 0, total_u = 0;
+  for (int j = 0; j < count; j++) {
+    total += size_t(x.rows) * jobs[j].ldy;
+    if (const Lora* lora = lora_of(batch.lora(), layer, jobs[j].target)) total_u += size_t(x.rows) * lora->rank;
+  }
+  T* low = std::is_same_v<T, bf16> ? engine.dy_low.get<T>(total) : nullptr;
+  float* du_all = engine.du.get<float>(total_u + 1);
+  std::vector<const T*> dy(count);
+  std::vector<float*> du(count, nullptr);
+  for (int j = 0; j < count; j++) {
+    const LinearBackwardJob& job = jobs[j];
+    if constexpr (std::is_same_v<T, bf16>) {
+      for_rows(x.rows, 32, [&](int a, int b) { kernels().to_bf16(job.dy + size_t(a) * job.ldy, (b - a) * job.ldy, low + size_t(a) * job.ldy); });
+      dy[j] = low;
+      low += size_t(x.rows) * job.ldy;
+    } else {
+      dy[j] = job.dy;
+    }
+    const Lora* lora = lora_of(batch.lora(), layer, job.target);
+    if (!lora) continue;
+    du[j] = du_all;
+    du_all += size_t(x.rows) * lora->rank;
+    for_shares(x.rows, [&](int a, int b, int thread) {
+      project_rows<T>(dy[j] + size_t(a) * job.ldy, job.ldy, b - a, lora->bt, job.w->rows, job.w->rows, lora->rank, lora->scale, du[j] + size_t(a) * lora->rank,
+                      lora->rank, engine.thread_scratch[thread]);
+    });
+    if (!lora->da) continue;
+    constexpr int chunk = 64;
+    const int trained = lora->rank - lora->trained, a_chunks = (job.w->cols + chunk - 1) / chunk, b_chunks = (job.w->rows + chunk - 1) / chunk;
+    parallel_for(a_chunks + b_chunks, [&](int task, int) {
+      const bool is_a = task < a_chunks;
+      const int width = is_a ? job.w->cols : job.w->rows, first = (is_a ? task : task - a_chunks) * chunk, last = width < first + chunk ? width : first + chunk;
+      const float* left = (is_a ? du[j] : job.u) + lora->trained;
+      float* out = (is_a ? lora->da : lora->dbt);
+      if (is_a)
+        Ops<T>::outer(left, lora->rank, trained, Ops<T>::of(x), x.cols, x.rows, first, last, out, width);
+      else
+        Ops<T>::outer(left, lora->rank, trained, dy[j], job.ldy, x.rows, first, last, out, width);
+    });
+  }
+  if (!dx) return;
+  const int width = jobs[0].w->cols, tiles = (width + kPanelCols - 1) / kPanelCols;
+  parallel_for(tiles, [&](int task, int thread) {
+    const int column = task * kPanelCols;
+    int deepest = kPanelDepth;
+    for (int j = 0; j < count; j++)
+      if (const Lora* lora = lora_of(batch.lora(), layer, jobs[j].target)) deepest = lora->rank > deepest ? lora->rank : deepest;
+    float* c = engine.thread_scratch[thread].get<float>(size_t(deepest) * kPanelCols + size_t(x.rows) * kPanelCols);
+    T* panel = reinterpret_cast<T*>(c + size_t(x.rows) * kPanelCols);
+    bool add = false;
+    for (int j = 0; j < count; j++) {
+      const LinearBackwardJob& job = jobs[j];
+      const int depth = job.w->strips() * kStripRows;
+      for (int from = 0; from < depth; from += kPanelDepth) {
+        const int steps = depth - from < kPanelDepth ? depth - from : kPanelDepth;
+        Ops<T>::panel(*job.w, true, column, from, steps, panel);
+        Ops<T>::gemm(dy[j] + from, job.ldy, x.rows, panel, steps, c, add);
+        add = true;
+      }
+      if (const Lora* lora = lora_of(batch.lora(), layer, job.target)) {
+        float* plain = reinterpret_cast<float*>(panel);
+        kernels().plain_panel_f32(lora->a, width, lora->rank, width, true, column, 0, round_up(lora->rank, 16), plain);
+        kernels().gemm_f32(du[j], lora->rank, x.rows, plain, lora->rank, c, true);
+      }
+    }
+    const int used = ldx - column < kPanelCols ? ldx - column : kPanelCols;
+    for (int m = 0; m < x.rows; m++) std::memcpy(dx + size_t(m) * ldx + column, c + size_t(m) * kPanelCols, size_t(used) * sizeof(float));
+  });
+}
+
+}  // namespace
+
+Activations prepare(Mode mode, const float* x, int rows, int cols, Buffer& low, Buffer& q, Buffer& blocks) {
+  Activations a{mode, rows, cols, x, nullptr, nullptr, nullptr};
+  if (mode == Mode::bf16) {
+    bf16* to = low.get<bf16>(size_t(rows) * cols);
+    for_rows(rows, 32, [&](int first, int last) { kernels().to_bf16(x + size_t(first) * cols, (last - first) * cols, to + size_t(first) * cols); });
+    a.low = to;
+  } else if (mode == Mode::int8) {
+    const int per_row = cols / kTileCols;
+    int8_t* codes = q.get<int8_t>(size_t(rows) * cols);
+    ActBlock* scales = blocks.get<ActBlock>(size_t(rows) * per_row);
+    for_rows(rows, 8, [&](int first, int last) {
+      for (int m = first; m < last; m++) kernels().quantize(x + size_t(m) * cols, cols, codes + size_t(m) * cols, scales + size_t(m) * per_row);
+    });
+    a.q = codes;
+    a.blocks = scales;
+  }
+  return a;
+}
+
+void linear(Engine& engine, const Activations& x, const LinearJob* jobs, int count, const Batch& batch, int layer) {
+  if (x.mode == Mode::int8) {
+    linear_int8(x, jobs, count);
+    adapters_int8(engine, x, jobs, count, batch, layer);
+  } else if (x.mode == Mode::bf16) {
+    linear_panels<bf16>(engine, x, jobs, count, batch, layer);
+  } else {
+    linear_panels<float>(engine, x, jobs, count, batch, layer);
+  }
+}
+
+void linear_backward(Engine& engine, const Activations& x, const LinearBackwardJob* jobs, int count, const Batch& batch, int layer, float* dx, int ldx) {
+  if (x.mode == Mode::bf16)
+    backward_panels<bf16>(engine, x, jobs, count, batch, layer, dx, ldx);
+  else
+    backward_panels<float>(engine, x, jobs, count, batch, layer, dx, ldx);
+}
+
+}  // namespace nomoat

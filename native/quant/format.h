@@ -1,0 +1,50 @@
+#pragma once
+// Packed weights: the one copy that serves decode, prefill, backward and single-row reads.
+//
+// A matrix W[rows, cols] is cut into strips of 16 output rows. A strip is a plane section followed by a scale section.
+// The plane section holds one plane a tile of 16 rows x 32 columns; inside it a vector's 32-bit lane is a row and its four
+// bytes are four neighbouring columns (a "granule"), so an integer dot needs no shuffle at any vector width:
+//
+//   byte 64 * g + 4 * row + b   holds column 4 * g + b in its low nibble and column 16 + 4 * g + b in its high nibble
+//
+// Rows are padded to 16 and columns to 32 with zeros.
+
+#include <cstddef>
+#include <cstdint>
+
+namespace nomoat {
+
+// Values are the type ids of the GGUF specification.
+enum class Format : int { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q5_0 = 6, Q5_1 = 7, Q8_0 = 8, Q4_K = 12, Q5_K = 13, Q6_K = 14, BF16 = 30 };
+
+constexpr int kStripRows = 16;
+constexpr int kTileCols = 32;
+
+constexpr int round_up(int n, int multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+// A view of packed weights; whoever made it keeps the memory alive.
+struct Matrix {
+  Format format = Format::F32;
+  int rows = 0, cols = 0;
+  const uint8_t* data = nullptr;
+  size_t strip_bytes = 0;
+  size_t plane_section = 0;  // bytes of a strip before its scales
+
+  int strips() const { return (rows + kStripRows - 1) / kStripRows; }
+  int tiles() const { return (cols + kTileCols - 1) / kTileCols; }
+  const uint8_t* strip(int index) const { return data + size_t(index) * strip_bytes; }
+};
+
+// One row of GGUF bytes; 0 when the format is unknown.
+size_t gguf_row_bytes(Format format, int cols);
+
+// Geometry of the packed form, data left null. Throws std::invalid_argument for an unknown format or bad dimensions.
+Matrix packed_matrix(Format format, int rows, int cols);
+size_t packed_bytes(const Matrix& matrix);
+
+// Packs strips [first, last) of a row-major GGUF tensor into `packed` (the address of strip 0).
+void pack_strips(const Matrix& matrix, const uint8_t* gguf, int first, int last, uint8_t* packed);
+
+}  // namespace nomoat

@@ -1,0 +1,59 @@
+#include <stdexcept>
+#include <string>
+
+#include "quant/all.h"
+
+namespace nomoat {
+
+size_t gguf_row_bytes(Format format, int cols) {
+  size_t bytes = 0;
+  with_format(format, [&](auto q) { bytes = size_t(cols / q.block_cols) * q.block_bytes; });
+  return bytes;
+}
+
+Matrix packed_matrix(Format format, int rows, int cols) {
+  Matrix m;
+  m.format = format;
+  m.rows = rows;
+  m.cols = cols;
+  if (rows <= 0 || cols <= 0) throw std::invalid_argument("matrix of " + std::to_string(rows) + " x " + std::to_string(cols) + ": both must be positive");
+  const bool known = with_format(format, [&](auto q) {
+    if (cols % q.block_cols)
+      throw std::invalid_argument("row of " + std::to_string(cols) + " columns is not a multiple of the format's block of " + std::to_string(q.block_cols));
+    m.plane_section = size_t(m.tiles()) * q.plane_bytes;
+    const size_t scales = size_t(cols / q.block_cols) * q.scale_bytes;
+    m.strip_bytes = (m.plane_section + scales + 63) / 64 * 64;
+  });
+  if (!known) throw std::invalid_argument("weight format " + std::to_string(int(format)) + " is not supported");
+  return m;
+}
+
+size_t packed_bytes(const Matrix& m) {
+  return m.strip_bytes * size_t(m.strips());
+}
+
+void pack_strips(const Matrix& m, const uint8_t* gguf, int first, int last, uint8_t* packed) {
+  const size_t row_bytes = gguf_row_bytes(m.format, m.cols);
+  with_format(m.format, [&](auto q) {
+    using Q = decltype(q);
+    for (int s = first; s < last; s++) {
+      uint8_t* strip = packed + size_t(s) * m.strip_bytes;
+      std::memset(strip, 0, m.strip_bytes);
+      for (int r = 0; r < kStripRows && s * kStripRows + r < m.rows; r++) {
+        const uint8_t* row = gguf + size_t(s * kStripRows + r) * row_bytes;
+        for (int t = 0; t < m.tiles(); t++) {
+          uint8_t* plane = strip + size_t(t) * Q::plane_bytes;
+          if constexpr (Q::integer) {
+            constexpr int per_block = Q::block_cols / kTileCols;
+            const uint8_t* block = row + size_t(t / per_block) * Q::block_bytes;
+            Q::pack(block, r, t % per_block, plane, strip + m.plane_section + size_t(t / per_block) * Q::scale_bytes);
+          } else {
+            Q::pack_tile(row, t, m.cols - kTileCols * t < kTileCols ? m.cols - kTileCols * t : kTileCols, r, plane);
+          }
+        }
+      }
+    }
+  });
+}
+
+}  // namespace nomoat

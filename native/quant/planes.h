@@ -1,0 +1,92 @@
+#pragma once
+// Bit planes of a 16 x 32 tile: 4-, 5-, 6- and 8-bit codes. `codes` are the 32 unsigned codes of one row, in column order.
+
+#include <cstdint>
+
+#include "quant/half.h"
+
+namespace nomoat {
+namespace {
+
+// 256 bytes of nibbles, layout in quant/format.h.
+inline void pack_nibbles(const uint8_t* codes, int row, uint8_t* plane) {
+  for (int g = 0; g < 4; g++)
+    for (int b = 0; b < 4; b++) plane[64 * g + 4 * row + b] = uint8_t((codes[4 * g + b] & 15) | (codes[16 + 4 * g + b] & 15) << 4);
+}
+
+template <class V>
+inline void unpack_nibbles(const uint8_t* plane, int lane, typename V::B* w) {
+  for (int g = 0; g < 4; g++) {
+    const typename V::B both = V::bytes(plane + 64 * g + 4 * lane);
+    w[g] = V::band(both, 0x0f);
+    w[g + 4] = V::band(V::template shr<4>(both), 0x0f);
+  }
+}
+
+// 64 bytes: bit g of byte 4 * row + b is bit 4 of column 4 * g + b.
+inline void pack_fifth_bits(const uint8_t* codes, int row, uint8_t* plane) {
+  for (int b = 0; b < 4; b++) {
+    int bits = 0;
+    for (int g = 0; g < 8; g++) bits |= ((codes[4 * g + b] >> 4) & 1) << g;
+    plane[4 * row + b] = uint8_t(bits);
+  }
+}
+
+template <class V>
+inline void add_fifth_bits(const uint8_t* plane, int lane, typename V::B* w) {
+  const typename V::B bits = V::bytes(plane + 4 * lane);
+  w[0] = V::bor(w[0], V::band(V::template shl<4>(bits), 0x10));
+  w[1] = V::bor(w[1], V::band(V::template shl<3>(bits), 0x10));
+  w[2] = V::bor(w[2], V::band(V::template shl<2>(bits), 0x10));
+  w[3] = V::bor(w[3], V::band(V::template shl<1>(bits), 0x10));
+  w[4] = V::bor(w[4], V::band(bits, 0x10));
+  w[5] = V::bor(w[5], V::band(V::template shr<1>(bits), 0x10));
+  w[6] = V::bor(w[6], V::band(V::template shr<2>(bits), 0x10));
+  w[7] = V::bor(w[7], V::band(V::template shr<3>(bits), 0x10));
+}
+
+// 128 bytes: bits 2j, 2j+1 of byte 64 * h + 4 * row + b are bits 4, 5 of column 16 * h + 4 * j + b.
+inline void pack_top_pairs(const uint8_t* codes, int row, uint8_t* plane) {
+  for (int h = 0; h < 2; h++)
+    for (int b = 0; b < 4; b++) {
+      int bits = 0;
+      for (int j = 0; j < 4; j++) bits |= ((codes[16 * h + 4 * j + b] >> 4) & 3) << (2 * j);
+      plane[64 * h + 4 * row + b] = uint8_t(bits);
+    }
+}
+
+template <class V>
+inline void add_top_pairs(const uint8_t* plane, int lane, typename V::B* w) {
+  for (int h = 0; h < 2; h++) {
+    const typename V::B bits = V::bytes(plane + 64 * h + 4 * lane);
+    w[4 * h] = V::bor(w[4 * h], V::band(V::template shl<4>(bits), 0x30));
+    w[4 * h + 1] = V::bor(w[4 * h + 1], V::band(V::template shl<2>(bits), 0x30));
+    w[4 * h + 2] = V::bor(w[4 * h + 2], V::band(bits, 0x30));
+    w[4 * h + 3] = V::bor(w[4 * h + 3], V::band(V::template shr<2>(bits), 0x30));
+  }
+}
+
+inline void copy_half(const uint8_t* from, int row, uint8_t* to) {
+  to[2 * row] = from[0];
+  to[2 * row + 1] = from[1];
+}
+
+// Low nibble j is column j, high nibble j is column 16 + j: how Q4_0, Q4_1, Q5_0 and Q5_1 store 32 columns in 16 bytes.
+inline void split_nibbles(const uint8_t* bytes, uint8_t* codes) {
+  for (int j = 0; j < 16; j++) {
+    codes[j] = bytes[j] & 15;
+    codes[16 + j] = bytes[j] >> 4;
+  }
+}
+
+// Q4_K and Q5_K: eight 6-bit scales and eight 6-bit mins in 12 bytes.
+inline uint8_t k_scale(const uint8_t* packed, int j) {
+  return j < 4 ? packed[j] & 63 : uint8_t((packed[j + 4] & 15) | ((packed[j - 4] >> 6) << 4));
+}
+
+inline uint8_t k_min(const uint8_t* packed, int j) {
+  return j < 4 ? packed[j + 4] & 63 : uint8_t((packed[j + 4] >> 4) | ((packed[j] >> 6) << 4));
+}
+
+}  // namespace
+}  // namespace nomoat

@@ -1,0 +1,35 @@
+#pragma once
+// Q4_0, 18 bytes for 32 columns: 0 fp16 d | 2 nibbles[16].  w = d * (q - 8)
+
+#include "quant/format.h"
+#include "quant/planes.h"
+
+namespace nomoat {
+namespace {
+
+struct Q4_0 {
+  static constexpr Format id = Format::Q4_0;
+  static constexpr bool integer = true, has_min = false;
+  static constexpr int block_cols = 32, block_bytes = 18, plane_bytes = 256, scale_bytes = 32;
+  static constexpr int zero = 8, groups = 1;  // value = scale * (code - zero)
+
+  static void pack(const uint8_t* block, int row, int, uint8_t* plane, uint8_t* scales) {
+    uint8_t codes[32];
+    split_nibbles(block + 2, codes);
+    pack_nibbles(codes, row, plane);
+    copy_half(block, row, scales);
+  }
+
+  template <class V>
+  static void unpack(const uint8_t* plane, int lane, typename V::B* w) {
+    unpack_nibbles<V>(plane, lane, w);
+  }
+
+  template <class V>
+  static typename V::F scale(const uint8_t* scales, int tile, int, int lane) {
+    return V::from_f16(reinterpret_cast<const uint16_t*>(scales + scale_bytes * tile) + lane);
+  }
+};
+
+}  // namespace
+}  // namespace nomoat

@@ -1,0 +1,38 @@
+#pragma once
+// Q5_0, 22 bytes for 32 columns: 0 fp16 d | 2 fifth bits, u32, bit j = column j | 6 nibbles[16].  w = d * (q - 16)
+
+#include "quant/format.h"
+#include "quant/planes.h"
+
+namespace nomoat {
+namespace {
+
+struct Q5_0 {
+  static constexpr Format id = Format::Q5_0;
+  static constexpr bool integer = true, has_min = false;
+  static constexpr int block_cols = 32, block_bytes = 22, plane_bytes = 256 + 64, scale_bytes = 32;
+  static constexpr int zero = 16, groups = 1;  // value = scale * (code - zero)
+
+  static void pack(const uint8_t* block, int row, int, uint8_t* plane, uint8_t* scales) {
+    uint8_t codes[32];
+    split_nibbles(block + 6, codes);
+    for (int j = 0; j < 32; j++) codes[j] |= ((block[2 + j / 8] >> (j % 8)) & 1) << 4;
+    pack_nibbles(codes, row, plane);
+    pack_fifth_bits(codes, row, plane + 256);
+    copy_half(block, row, scales);
+  }
+
+  template <class V>
+  static void unpack(const uint8_t* plane, int lane, typename V::B* w) {
+    unpack_nibbles<V>(plane, lane, w);
+    add_fifth_bits<V>(plane + 256, lane, w);
+  }
+
+  template <class V>
+  static typename V::F scale(const uint8_t* scales, int tile, int, int lane) {
+    return V::from_f16(reinterpret_cast<const uint16_t*>(scales + scale_bytes * tile) + lane);
+  }
+};
+
+}  // namespace
+}  // namespace nomoat

@@ -1,0 +1,44 @@
+#pragma once
+// Q5_1, 24 bytes for 32 columns: 0 fp16 d | 2 fp16 m | 4 fifth bits, u32, bit j = column j | 8 nibbles[16].  w = d * q + m
+
+#include "quant/format.h"
+#include "quant/planes.h"
+
+namespace nomoat {
+namespace {
+
+struct Q5_1 {
+  static constexpr Format id = Format::Q5_1;
+  static constexpr bool integer = true, has_min = true;
+  static constexpr int block_cols = 32, block_bytes = 24, plane_bytes = 256 + 64, scale_bytes = 64;
+  static constexpr int zero = 0, groups = 1;  // value = scale * (code - zero) + min
+
+  static void pack(const uint8_t* block, int row, int, uint8_t* plane, uint8_t* scales) {
+    uint8_t codes[32];
+    split_nibbles(block + 8, codes);
+    for (int j = 0; j < 32; j++) codes[j] |= ((block[4 + j / 8] >> (j % 8)) & 1) << 4;
+    pack_nibbles(codes, row, plane);
+    pack_fifth_bits(codes, row, plane + 256);
+    copy_half(block, row, scales);
+    copy_half(block + 2, row, scales + 32);
+  }
+
+  template <class V>
+  static void unpack(const uint8_t* plane, int lane, typename V::B* w) {
+    unpack_nibbles<V>(plane, lane, w);
+    add_fifth_bits<V>(plane + 256, lane, w);
+  }
+
+  template <class V>
+  static typename V::F scale(const uint8_t* scales, int tile, int, int lane) {
+    return V::from_f16(reinterpret_cast<const uint16_t*>(scales + scale_bytes * tile) + lane);
+  }
+
+  template <class V>
+  static typename V::F min(const uint8_t* scales, int tile, int lane) {
+    return V::from_f16(reinterpret_cast<const uint16_t*>(scales + scale_bytes * tile + 32) + lane);
+  }
+};
+
+}  // namespace
+}  // namespace nomoat

@@ -1,0 +1,33 @@
+#pragma once
+// Q8_0, 34 bytes for 32 columns: 0 fp16 d | 2 int8 q[32].  w = d * q; stored as q + 128 so that one unsigned dot serves all
+
+#include "quant/format.h"
+#include "quant/planes.h"
+
+namespace nomoat {
+namespace {
+
+struct Q8_0 {
+  static constexpr Format id = Format::Q8_0;
+  static constexpr bool integer = true, has_min = false;
+  static constexpr int block_cols = 32, block_bytes = 34, plane_bytes = 512, scale_bytes = 32;
+  static constexpr int zero = 128, groups = 1;  // value = scale * (code - zero)
+
+  static void pack(const uint8_t* block, int row, int, uint8_t* plane, uint8_t* scales) {
+    for (int c = 0; c < 32; c++) plane[64 * (c / 4) + 4 * row + c % 4] = block[2 + c] ^ 0x80;
+    copy_half(block, row, scales);
+  }
+
+  template <class V>
+  static void unpack(const uint8_t* plane, int lane, typename V::B* w) {
+    for (int g = 0; g < 8; g++) w[g] = V::bytes(plane + 64 * g + 4 * lane);
+  }
+
+  template <class V>
+  static typename V::F scale(const uint8_t* scales, int tile, int, int lane) {
+    return V::from_f16(reinterpret_cast<const uint16_t*>(scales + scale_bytes * tile) + lane);
+  }
+};
+
+}  // namespace
+}  // namespace nomoat
