@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, NoReturn
 from nomoat.errors import FileFormatError, InputError, ModelError, printable
 from nomoat.text import pretokenizers, sentencepiece
 from nomoat.text.added import AddedToken
-from nomoat.text.tokenizer import Tokenizer, TokenType, Vocabulary
+from nomoat.text.tokenizer import SpacePrefix, Tokenizer, TokenType, Vocabulary
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     import tokenizers
 
-    from nomoat.files.gguf import GgufFile
+    from nomoat.files.gguf import GgufFile, LazyArray
 
 MAX_TOKENS = 1 << 20
 MAX_MERGES = 1 << 21
@@ -28,7 +28,7 @@ END_TEXTS = frozenset(
      "<end_of_turn>", "<eos>", "<EOT>", "<|EOT|>", "<|end_of_turn|>", "<｜end▁of▁sentence｜>", "<|END_OF_TURN_TOKEN|>")
 )  # fmt: skip
 
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 def tokenizer_from_gguf(file: GgufFile) -> Tokenizer:
@@ -47,15 +47,17 @@ def tokenizer_from_gguf(file: GgufFile) -> Tokenizer:
         for i, (text, kind) in enumerate(zip(tokens, types, strict=True))
         if kind in (TokenType.CONTROL, TokenType.USER_DEFINED) and text
     )
+    spaced = not byte_level and file.get_bool("tokenizer.ggml.add_space_prefix", default=True)
     vocabulary = Vocabulary(
         tokens=tokens,
         types=types,
         byte_level=byte_level,
         added=added,
         bos_id=_id(file, "bos", len(tokens)),
+        eos_id=_id(file, "eos", len(tokens)),
         eos_ids=_end_ids(file, added, len(tokens)),
         add_bos=file.get_bool("tokenizer.ggml.add_bos_token", default=pre.add_bos if pre else True),
-        space_prefix=not byte_level and file.get_bool("tokenizer.ggml.add_space_prefix", default=True),
+        space_prefix=SpacePrefix.PIECES if spaced else SpacePrefix.NEVER,
     )
     try:
         if pre is not None:
@@ -93,18 +95,13 @@ def _sentencepiece(file: GgufFile, vocabulary: Vocabulary) -> tokenizers.Tokeniz
         _fail(file, "E_MISSING", "tokenizer.ggml.scores is missing: a SentencePiece vocabulary needs it")
     if not bool((scores == scores).all()):
         _fail(file, "E_NONFINITE", "tokenizer.ggml.scores has a NaN")
-    unknown = next((vocabulary.tokens[i] for i, t in enumerate(vocabulary.types) if t == TokenType.UNKNOWN), None)
-    return sentencepiece.build(_ids(vocabulary), scores, unknown=unknown, space_prefix=vocabulary.space_prefix)
+    return sentencepiece.build(_ids(vocabulary), scores)
 
 
 def _ids(vocabulary: Vocabulary) -> dict[str, int]:
     """Tokens that plain text may turn into: all but the control tokens, and of equal texts the last, as llama.cpp does."""
     hidden = (TokenType.CONTROL, TokenType.UNKNOWN)
-    return {
-        text: i
-        for i, (text, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
-        if kind not in hidden
-    }
+    return {text: i for i, (text, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True)) if kind not in hidden}
 
 
 def _tokens(file: GgufFile) -> tuple[list[str], bytes]:
@@ -128,7 +125,7 @@ def _tokens(file: GgufFile) -> tuple[list[str], bytes]:
         _fail(file, "E_TYPE", f"token {tokens.index('')} is empty")
     seen: set[int] = set()
     for i in (i for i, kind in enumerate(types) if kind == TokenType.BYTE):
-        if not _BYTE_TOKEN.fullmatch(tokens[i]):
+        if not BYTE_TOKEN.fullmatch(tokens[i]):
             _fail(file, "E_TYPE", f"byte token {i} is `{printable(tokens[i][:20])}`: expected <0x00> to <0xFF>")
         value = int(tokens[i][3:5], 16)
         if value in seen:
@@ -171,8 +168,9 @@ def _numbers(file: GgufFile, name: str, count: int) -> npt.NDArray[np.generic] |
     return array.numbers()
 
 
-def _array(file: GgufFile, name: str):  # type: ignore[no-untyped-def]
-    return file.metadata.get(f"tokenizer.ggml.{name}")
+def _array(file: GgufFile, name: str) -> LazyArray | None:
+    key = f"tokenizer.ggml.{name}"
+    return file.get_array(key) if key in file.metadata else None
 
 
 def _fail(file: GgufFile, code: str, message: str) -> NoReturn:

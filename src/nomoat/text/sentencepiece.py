@@ -12,9 +12,7 @@ if TYPE_CHECKING:
 SPACE = "\u2581"
 
 
-def build(
-    ids: dict[str, int], scores: npt.NDArray[np.generic], *, unknown: str | None, space_prefix: bool
-) -> tokenizers.Tokenizer:
+def build(ids: dict[str, int], scores: npt.NDArray[np.generic]) -> tokenizers.Tokenizer:
     """Encoder that starts from characters and always joins the neighbours whose union has the best score.
 
     Characters outside the vocabulary become their UTF-8 bytes (`<0xE2>`...).
@@ -23,11 +21,8 @@ def build(
     from tokenizers import normalizers
 
     merges = merges_from_scores(ids, scores)
-    built = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=ids, merges=merges, byte_fallback=True, fuse_unk=True))
-    steps: list[normalizers.Normalizer] = [normalizers.Replace(" ", SPACE)]
-    if space_prefix:
-        steps.append(normalizers.Prepend(SPACE))
-    built.normalizer = normalizers.Sequence(steps)
+    built = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=ids, merges=merges, byte_fallback=True))
+    built.normalizer = normalizers.Replace(" ", SPACE)
     return built
 
 

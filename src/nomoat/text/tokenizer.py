@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +32,14 @@ class TokenType(IntEnum):
     BYTE = 6
 
 
+class SpacePrefix(IntEnum):
+    """Where a space is put before plain text; if anywhere, the first space is dropped when decoding."""
+
+    NEVER = 0
+    START = 1  # of the text
+    PIECES = 2  # the start, and after every added token
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """What a file says about its tokens; `tokens[id]` is the text as stored, `types[id]` a TokenType."""
@@ -42,9 +49,10 @@ class Vocabulary:
     byte_level: bool  # tokens are bytes written as printable characters (GPT-2), else text with SPACE for a space
     added: tuple[AddedToken, ...]
     bos_id: int | None
+    eos_id: int | None  # the one that the file names; templates print it as `eos_token`
     eos_ids: frozenset[int]
     add_bos: bool
-    space_prefix: bool  # a space is put before a text, and its first space is dropped when decoding
+    space_prefix: SpacePrefix = SpacePrefix.NEVER
 
 
 class Tokenizer:
@@ -53,20 +61,20 @@ class Tokenizer:
     `bos_id` starts a text (added by `encode` if `add_bos`); `eos_ids` are all ids that end an answer: end of text, of turn, of message.
     """
 
-    def __init__(
-        self, vocabulary: Vocabulary, first: tokenizers.Tokenizer, rest: tokenizers.Tokenizer | None = None
-    ) -> None:
-        """`first` encodes the plain text that begins a text; `rest` (default: the same) the plain text after an added token."""
+    def __init__(self, vocabulary: Vocabulary, plain: tokenizers.Tokenizer, *, prefix_once: bool = False) -> None:
+        """`plain` encodes text that holds no added tokens and puts no space before it. `prefix_once`: no second space is put
+        before a piece that has one."""
         self._vocabulary = vocabulary
-        self._first = first
-        self._rest = first if rest is None else rest
-        self._added = AddedTokens(vocabulary.added)
+        self._plain = plain
+        self._prefix_once = prefix_once
         self._pieces: dict[int, bytes] = {}
+        self.added = AddedTokens(vocabulary.added)
         self.vocab_size = len(vocabulary.tokens)
         self.bos_id = vocabulary.bos_id
+        self.eos_id = vocabulary.eos_id
         self.eos_ids = vocabulary.eos_ids
         self.add_bos = vocabulary.add_bos
-        self.drops_first_space = vocabulary.space_prefix
+        self.drops_first_space = vocabulary.space_prefix != SpacePrefix.NEVER
 
     @classmethod
     def from_gguf(cls, file: GgufFile) -> Tokenizer:
@@ -84,25 +92,44 @@ class Tokenizer:
 
     # -- text to ids ------------------------------------------------------------------------------------------------------
 
-    def encode(self, text: str, *, parse_special: bool = False, add_bos: bool | None = None) -> list[int]:
+    def encode(
+        self,
+        text: str,
+        *,
+        parse_special: bool = False,
+        add_bos: bool | None = None,
+        continues: bool = False,
+        guard: str = "",
+    ) -> list[int]:
         """Token ids of `text`.
 
         Control tokens written in the text ("<|im_end|>") are ordinary characters unless `parse_special`. BOS comes first if
-        `add_bos` (default: as the model wants it). Raises InputError E_UTF8 for a lone surrogate.
+        `add_bos` (default: as the model wants it, and never if the text `continues` another). `guard` is removed from plain text
+        after control tokens have been found: who puts it inside a control string makes that an ordinary text.
+        Raises InputError E_UTF8 for a lone surrogate.
         """
-        wants_bos = self.add_bos if add_bos is None else add_bos
+        wants_bos = (self.add_bos and not continues) if add_bos is None else add_bos
         ids = [self.bos_id] if wants_bos and self.bos_id is not None else []
-        encoder = self._first
+        prefix = self._vocabulary.space_prefix
+        spaced = prefix != SpacePrefix.NEVER and not continues
         try:
-            for piece in self._added.split(text, control=parse_special):
+            for piece in self.added.split(text, control=parse_special):
                 if isinstance(piece, int):
                     ids.append(piece)
-                else:
-                    ids.extend(encoder.encode(piece, add_special_tokens=False).ids)
-                encoder = self._rest
+                    spaced = prefix == SpacePrefix.PIECES
+                    continue
+                for plain in self.added.split(piece.replace(guard, ""), control=False) if guard in piece and guard else (piece,):
+                    if isinstance(plain, int):
+                        ids.append(plain)
+                        spaced = prefix == SpacePrefix.PIECES
+                        continue
+                    if spaced and not (self._prefix_once and plain.startswith((" ", SPACE))):
+                        plain = " " + plain
+                    ids.extend(self._plain.encode(plain, add_special_tokens=False).ids)
+                    spaced = False
         except UnicodeEncodeError as error:
             raise InputError(
-                f"the text has a lone surrogate (U+{ord(text[error.start]):04X}) and cannot be written as UTF-8; "
+                f"the text has a lone surrogate (U+{ord(error.object[error.start]):04X}) and cannot be written as UTF-8; "
                 "replace or remove it",
                 code="E_UTF8",
             ) from None
@@ -164,11 +191,6 @@ class Tokenizer:
         if kind == TokenType.NORMAL and all(c in BYTE_OF for c in text):
             return bytes(BYTE_OF[c] for c in text)
         return text.encode()
-
-    @cached_property
-    def added(self) -> AddedTokens:
-        """Control and user-added tokens, for templates."""
-        return self._added
 
 
 def _byte_characters() -> dict[str, int]:
