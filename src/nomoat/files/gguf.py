@@ -19,7 +19,7 @@ from enum import IntEnum
 from itertools import repeat
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import NoReturn, Self, TypeVar
+from typing import Any, NoReturn, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -102,7 +102,7 @@ class LazyArray:
     def __len__(self) -> int:
         return self.count
 
-    def numbers(self) -> npt.NDArray[np.generic]:
+    def numbers(self) -> npt.NDArray[Any]:
         """All elements, in the file's own type (bool for BOOL). E_TYPE for an array of strings, or a bool that is not 0 or 1."""
         if self.type is ValueType.STRING:
             self._source.fail("E_TYPE", f"`{self._key}` is an array of strings, expected numbers", self._offset)

@@ -185,32 +185,35 @@ def _foreign(start: bytes) -> str | None:
 
 def _slot(source: ByteSource, name: str, entry: Any, shard: int) -> TensorSlot:
     """One tensor of the header, its offsets still relative to the data section."""
-    what = f"the tensor `{printable(name[:MAX_NAME])}`"
+
+    def refuse(code: str, message: str) -> NoReturn:
+        source.fail(code, f"the tensor `{printable(name[:MAX_NAME])}` {message}", 8)
+
     if len(name) > MAX_NAME:
-        source.fail("E_LIMIT", f"{what}... has a name of {len(name):,} characters, at most {MAX_NAME} are allowed", 8)
+        refuse("E_LIMIT", f"has a name of {len(name):,} characters, at most {MAX_NAME} are allowed")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        source.fail("E_JSON", f"{what} must have exactly the fields dtype, shape and data_offsets", 8)
+        refuse("E_JSON", "must have exactly the fields dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or not _integers(shape) or not _integers(offsets):
-        source.fail("E_JSON", f"{what} must have a string dtype and integers in shape and data_offsets", 8)
+        refuse("E_JSON", "must have a string dtype and integers in shape and data_offsets")
     if dtype not in DTYPE_BITS:
-        source.fail("E_DTYPE", f"{what} has the unknown dtype {printable(dtype[:32])!r}", 8)
+        refuse("E_DTYPE", f"has the unknown dtype {printable(dtype[:32])!r}")
     if len(shape) > MAX_DIMS:
-        source.fail("E_SHAPE", f"{what} has {len(shape)} dimensions, at most {MAX_DIMS} are allowed", 8)
+        refuse("E_SHAPE", f"has {len(shape)} dimensions, at most {MAX_DIMS} are allowed")
     bits = DTYPE_BITS[dtype]
     for size in shape:
         if size < 0:
-            source.fail("E_SHAPE", f"{what} has a negative dimension", 8)
+            refuse("E_SHAPE", "has a negative dimension")
         bits *= size
         # Checked at every step: a zero further on must not hide an overflow.
         if size > INT64_MAX or bits > INT64_MAX:
-            source.fail("E_OVERFLOW", f"{what} has more bits than 63 bits can count", 8)
+            refuse("E_OVERFLOW", "has more bits than 63 bits can count")
     if bits % 8:
-        source.fail("E_SHAPE", f"{what} does not end on a byte", 8)
+        refuse("E_SHAPE", "does not end on a byte")
     if len(offsets) != 2 or not 0 <= offsets[0] <= offsets[1]:
-        source.fail("E_OFFSET", f"{what} has data_offsets that are not [begin, end]", 8)
+        refuse("E_OFFSET", "has data_offsets that are not [begin, end]")
     if offsets[1] - offsets[0] != bits // 8:
-        source.fail("E_OFFSET", f"{what} needs {bits // 8:,} bytes, its data_offsets span {offsets[1] - offsets[0]:,}", 8)
+        refuse("E_OFFSET", f"needs {bits // 8:,} bytes, its data_offsets span {offsets[1] - offsets[0]:,}")
     return TensorSlot(name, dtype, tuple(shape), offsets[0], offsets[1], shard)
 
 
