@@ -130,11 +130,13 @@ def nl2bash(shared: Path, train_rows: int | None, test_rows: int | None, seed: i
     order = sample(by_command, None, "nl2bash split", seed)
     held_out = len(order) // 10
 
-    def row(text: str, command: str) -> Row:
+    def made(text: str, command: str) -> Row:
         return ask(f"Write a bash command: {text}", command)
 
-    test = [row(by_command[command][0], command) for command in order[:held_out]][: test_rows or 300]
-    rest = [row(text, command) for command in order[held_out:] for text in by_command[command]]
+    test = [made(by_command[command][0], command) for command in order[:held_out]][: test_rows or 300]
+    asked = {row["messages"][0]["content"] for row in test}
+    rest = [made(text, command) for command in order[held_out:] for text in by_command[command]]
+    rest = [row for row in rest if row["messages"][0]["content"] not in asked]  # one request may have several commands
     return Dataset("nl2bash", sample_rows(rest, train_rows or 3_000, "nl2bash train", seed), test, "exact", "MIT")
 
 
@@ -174,10 +176,11 @@ def _bfcl_rows(folder: Path, part: str, *, only_one: bool) -> list[Row]:
 
 
 def sms_spam(shared: Path, train_rows: int | None, test_rows: int | None, seed: int) -> Dataset:
-    """Message -> spam or ham, 80/20."""
+    """Message -> spam or ham, 80/20 of the distinct messages."""
     lines = (shared / "sms_spam/sms.tsv").read_text(encoding="utf-8").splitlines()
-    pairs = sample([line.split("\t", 1) for line in lines if line], None, "sms_spam split", seed)
-    rows = [ask(f"Is this message spam or ham? {text}", label) for label, text in pairs]
+    distinct = {text: label for label, text in (line.split("\t", 1) for line in lines)}
+    pairs = sample(distinct.items(), None, "sms_spam split", seed)
+    rows = [ask(f"Is this message spam or ham? {text}", label) for text, label in pairs]
     cut = len(rows) * 4 // 5
     return Dataset("sms_spam", rows[:cut][: train_rows or 1_000], rows[cut:][: test_rows or 500], "exact", "CC BY 4.0")
 
