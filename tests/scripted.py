@@ -10,39 +10,48 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from nomoat.text.template import ChatTemplate
+
 BOS, EOS = 1, 2
 FIRST_BYTE = 3  # token of byte b is b + FIRST_BYTE
+END = "<end>"
 
 
 class ByteTokenizer:
-    """One token per byte."""
+    """One token per byte, and one that ends an answer."""
 
     vocab_size = 256 + FIRST_BYTE
     bos_id = BOS
+    eos_id = EOS
     eos_ids = frozenset({EOS})
+    added = types.SimpleNamespace(control_strings=(END,))
 
     def __init__(self, *, add_bos: bool = False) -> None:
         self.add_bos = add_bos
 
-    def encode(self, text: str, *, parse_special: bool = False, add_bos: bool | None = None) -> list[int]:
-        start = [BOS] if (self.add_bos if add_bos is None else add_bos) else []
-        return start + [b + FIRST_BYTE for b in text.encode()]
+    def encode(
+        self, text: str, *, parse_special: bool = False, add_bos: bool | None = None, guard: str = "", **_: Any
+    ) -> list[int]:
+        ids = [BOS] if (self.add_bos if add_bos is None else add_bos) else []
+        for at, part in enumerate(text.split(END) if parse_special else [text]):
+            ids += [EOS] * (at > 0) + [b + FIRST_BYTE for b in part.replace(guard, "").encode()]
+        return ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         return bytes(i - FIRST_BYTE for i in ids if i >= FIRST_BYTE).decode("utf-8", "replace")
 
+    def token_text(self, token: int) -> str:
+        return END if token == EOS else self.decode([token])
 
-class PlainTemplate:
-    """`role: content` lines."""
+    def is_special(self, token: int) -> bool:
+        return token < FIRST_BYTE
 
-    def render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **_: Any) -> str:
-        text = "".join(f"{m['role']}: {m['content']}\n" for m in messages)
-        return text + ("assistant: " if add_generation_prompt else "")
 
-    def encode(
-        self, tokenizer: ByteTokenizer, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **_: Any
-    ) -> list[int]:
-        return tokenizer.encode(self.render(messages, add_generation_prompt=add_generation_prompt))
+#: `role: content` lines; answers end with the ending token.
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{% if m.role == 'assistant' %}<end>{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 
 if TYPE_CHECKING:
@@ -61,7 +70,7 @@ class ScriptedModel(_Stand):
     logprob: Callable[[int, int], float] = lambda previous, token: -1.0
     context: int = 4096
     tokenizer: ByteTokenizer = field(default_factory=ByteTokenizer)
-    template: PlainTemplate | None = field(default_factory=PlainTemplate)
+    template: ChatTemplate | None = field(default_factory=lambda: ChatTemplate(TEMPLATE))
     prompts: list[str] = field(default_factory=list)
 
     @property

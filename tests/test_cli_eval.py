@@ -58,6 +58,7 @@ def run_eval(monkeypatch: pytest.MonkeyPatch) -> Eval:
     original = scripted.generate
     monkeypatch.setattr(scripted, "generate", generate)
     monkeypatch.setattr(nomoat.adapters.open, "open_model", open_model)
+    monkeypatch.setattr("nomoat.cli.fetch.fetch_missing", lambda name: None)
     monkeypatch.setattr(nomoat.adapters.open, "stack_for", stack_for)
 
     def invoke(*arguments: str | Path) -> Result:

@@ -20,7 +20,7 @@ from nomoat.cli.chat import Chat, ctrl_c_as_flag
 from nomoat.cli.conversation import Conversation
 from nomoat.cli.run import command
 from nomoat.cli.terminal import TerminalText, plain
-from nomoat.errors import InputError
+from nomoat.errors import InputError, NotFoundError
 from scripted import Sampling, ScriptedModel
 
 Lines = list[str | BaseException]
@@ -181,6 +181,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
         return model, object() if "+" in name else None
 
     monkeypatch.setattr(nomoat.adapters.open, "open_model", open_model)
+    monkeypatch.setattr("nomoat.cli.fetch.fetch_missing", lambda name: None)
 
     def invoke(*arguments: str, stdin: bytes | None = None) -> Result:
         return CliRunner().invoke(command, ["tiny", *arguments], input=stdin, catch_exceptions=True)
@@ -241,6 +242,22 @@ def test_temperature(
     assert [s.temperature for s in seen] == [temperature]
     assert seen[0].stop == ("END",)
     assert seen[0].top_p == 0.95
+
+
+def test_a_missing_model_is_fetched_first_and_only_then(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from nomoat.cli.fetch import fetch_missing
+
+    fetched: list[str] = []
+    monkeypatch.setattr("nomoat.hub.pull.pull", lambda name, **_: fetched.append(name))
+    fetch_missing("smollm2:135m+tickets@0.5")
+    assert fetched == ["smollm2:135m"]
+    here = tmp_path / "model.gguf"
+    here.write_bytes(b"")
+    fetch_missing(str(here))
+    for missing in ("no-such-model", str(tmp_path / "other.gguf")):
+        with pytest.raises(NotFoundError):
+            fetch_missing(missing)
+    assert len(fetched) == 1
 
 
 # ---- what may reach a terminal

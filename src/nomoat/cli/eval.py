@@ -113,15 +113,18 @@ def _open_all(names: list[str]) -> Iterator[tuple[str, Model, Stack | None]]:
     """Each model in turn; one that shares its base with the one before is not loaded again."""
     from nomoat.adapters.open import open_model, stack_for
     from nomoat.adapters.stack import parse_model_name
+    from nomoat.cli.fetch import fetch_missing
 
     if len(set(names)) < len(names):
         raise InputError(f"{printable(names[0])} against itself: name two different models")
+    for name in names:
+        fetch_missing(name)
     base, model = None, None
     for name in names:
         if model is not None and parse_model_name(name)[0] == base:
             yield name, model, stack_for(model, name)
             continue
-        base, (model, stack) = parse_model_name(name)[0], open_model(name, download=True)
+        base, (model, stack) = parse_model_name(name)[0], open_model(name)
         yield name, model, stack
 
 
@@ -170,6 +173,7 @@ def _perplexity(model: str, file: Path, context: int, stride: int | None, limit:
     from dataclasses import asdict
 
     from nomoat.adapters.open import open_model
+    from nomoat.cli.fetch import fetch_missing
     from nomoat.evals.perplexity import perplexity
     from nomoat.evals.report import perplexity_line
 
@@ -179,7 +183,8 @@ def _perplexity(model: str, file: Path, context: int, stride: int | None, limit:
         raise InputError(f"cannot read {printable(str(file))}: {fault.strerror}", code="E_PATH") from None
     except UnicodeDecodeError as fault:
         raise InputError(f"{printable(str(file))} is not UTF-8 text (byte {fault.start:,})", code="E_UTF8") from None
-    opened, stack = open_model(model, download=True)
+    fetch_missing(model)
+    opened, stack = open_model(model)
     convention = "llama.cpp" if stride is None else "strided"
     with progress_bar(model) as progress:
         result = perplexity(

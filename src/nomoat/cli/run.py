@@ -70,9 +70,11 @@ def command(
         raise click.UsageError("--json needs a PROMPT or text on stdin")
     from nomoat.adapters.open import open_model
     from nomoat.cli.conversation import Conversation
+    from nomoat.cli.fetch import fetch_missing
     from nomoat.engine.generate import Sampling
 
-    opened, stack = open_model(model, download=True)
+    fetch_missing(model)
+    opened, stack = open_model(model)
     if temperature is None:
         temperature = 0.7 if stack is None else 0.0
     if seed is None:

@@ -160,10 +160,11 @@ def split_row(row: Row) -> tuple[list[dict[str, Any]], str]:
             line=row.line,
             field="messages",
         )
-    answer = last.get("content") or ""
-    if not answer and last.get("tool_calls"):
-        answer = json.dumps(last["tool_calls"], ensure_ascii=False)
-    return list(row.messages[:-1]), str(answer)
+    if last.get("tool_calls"):
+        from nomoat.data.tool_text import tools_as_text
+
+        (last,) = tools_as_text([last], [])
+    return list(row.messages[:-1]), str(last.get("content") or "")
 
 
 def greedy_for(model: Model, rows: Sequence[Row], metric: str) -> Sampling:
