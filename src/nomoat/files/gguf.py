@@ -5,7 +5,7 @@
     then     tensor count  x { string name, u32 dims, u64[dims] (contiguous first), u32 type, u64 offset }
     then     padding to `general.alignment` (32 unless said), then the tensors, each padded likewise
 
-Source: the GGUF specification in ggml's docs/gguf.md; limits and refusals: docs/reference/files.md.
+Source: the GGUF specification in ggml's docs/gguf.md; limits and refusals: docs/reference/formats.md.
 Nothing is allocated by a count before the bytes behind it are known to exist, and arrays are skipped, not read, until asked for.
 """
 
@@ -241,7 +241,7 @@ def open_gguf(path: Path | str, *, require_contiguous: bool = True) -> GgufFile:
     """Open a GGUF file, or all shards of a split one given any of them (`name-00001-of-00003.gguf`).
 
     `require_contiguous=False` allows holes between tensors and bytes after the last one; tensors still may not overlap or leave
-    the file. Raises NotFoundError, or FileFormatError with one of the codes in docs/reference/files.md.
+    the file. Raises NotFoundError, or FileFormatError with one of the codes in docs/reference/formats.md.
     """
     path = Path(path)
     sources: list[ByteSource] = []

@@ -3,7 +3,7 @@
     {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ..., "__metadata__": {"key": "text"}}
 
 Sharded models have a JSON index that says which file holds which tensor. Source: the format description in the README of
-huggingface/safetensors. The header is parsed here, stricter than the reference (docs/reference/files.md lists every difference).
+huggingface/safetensors. The header is parsed here, stricter than the reference (docs/reference/formats.md lists every difference).
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class SafetensorsFile:
 def open_safetensors(path: Path | str) -> SafetensorsFile:
     """Open a `.safetensors` file, an `.index.json`, or a folder that holds a model or an adapter in that format.
 
-    Raises NotFoundError, or FileFormatError with one of the codes in docs/reference/files.md.
+    Raises NotFoundError, or FileFormatError with one of the codes in docs/reference/formats.md.
     """
     path = _find(Path(path))
     sources: list[ByteSource] = []
