@@ -145,10 +145,13 @@ class Store:
                 damaged.append(error)
         return sorted(found, key=lambda manifest: manifest.name), damaged
 
+    def has(self, name: str) -> bool:
+        """True if the name is taken, even by a damaged manifest."""
+        return self._manifest_path(name).is_file()
+
     def get(self, name: str) -> Manifest | None:
         """The manifest of a model, or None. Raises FileFormatError if it is damaged."""
-        path = self._manifest_path(name)
-        return self._read(path) if path.is_file() else None
+        return self._read(self._manifest_path(name)) if self.has(name) else None
 
     def path(self, manifest: Manifest) -> Path:
         """Where to open the model: the .gguf file (its first shard), or the folder of a Hugging Face model.
@@ -236,10 +239,9 @@ class Store:
 
     def remove(self, name: str) -> int:
         """Forget a model and delete the blobs that no other model uses. Returns the bytes freed. Raises NotFoundError."""
-        path = self._manifest_path(name)
-        if not path.is_file():
+        if not self.has(name):
             raise NotFoundError(f"no model {printable(name)!r} in the store {self.root}; `nomoat models` lists what is there")
-        path.unlink()
+        self._manifest_path(name).unlink()
         fsync_folder(self.manifests)
         return self.gc()
 

@@ -1,0 +1,271 @@
+"""Does a model fit this machine, for chat and for training, and how long would a data set take?
+
+Letters: D width, H heads, Dh head size, K key/value heads, F ffn width, L layers, V vocabulary, N weights in all matrices.
+
+Memory
+    weights       file x 1.03                                       packed layout, docs/reference
+    KV            2 L K Dh x 2 bytes for each token of context      keys and values in bf16
+    activations   2 (2 D + 2 H Dh + 2 K Dh + 3 F) + 8 D bytes       for each token and layer that is kept for backward:
+                  bf16 inputs of the linears, fp32 residual stream; a recomputed layer keeps its fp32 input, 4 D, alone
+    adapter       16 bytes for each parameter                       A and B, gradient, two Adam moments, all fp32
+    the rest      150 MB                                            Python, libraries, buffers
+Time
+    training      4 N + 6 adapter + 7 L H Dh T FLOPs for each token: forward 2 N and dX 2 N, no dW for frozen weights; LoRA
+                  forward 2 and backward 4; causal attention over T tokens forward 2 and backward 5; the head counts for the
+                  share of tokens that carry loss
+    decoding      every weight is read once for each token
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from nomoat.models.spec import TARGETS, ModelSpec
+
+PACKED = 1.03  # packed size / file size
+PROCESS_BYTES = 150_000_000
+ADAPTER_STATE = 16  # bytes for each parameter: value, gradient, two moments in fp32
+TRAIN_EFFICIENCY = 0.5  # share of the bf16 rate that training reaches
+DECODE_EFFICIENCY = 0.5  # share of the read bandwidth that decoding reaches
+RECOMPUTE_COST = 1.5  # one forward pass more: 6 N instead of 4 N
+MARGIN = 0.9  # of the free memory may be planned for
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this computer offers. Bytes; FLOP/s and bytes/s over all `threads`."""
+
+    memory: int
+    available: int
+    disk_free: int
+    threads: int
+    bf16_flops: float
+    read_bandwidth: float
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Bytes, tokens per second and seconds; `verdict` says it in words. `train_*` are for one step of `batch_tokens` tokens."""
+
+    weights_bytes: int
+    kv_bytes: int
+    chat_bytes: int
+    chat_fits: bool
+    decode_tokens_per_second: float
+    adapter_parameters: int
+    train_bytes: int
+    train_fits: bool
+    recompute: bool
+    train_tokens_per_second: float
+    disk_bytes: int
+    disk_fits: bool
+    context: int
+    batch_tokens: int
+    rank: int
+    data_tokens: int | None
+    train_seconds: float | None
+    machine: Machine
+    verdict: str
+
+
+def weight_bytes(file_bytes: int) -> int:
+    """Bytes of the packed weights of a model file."""
+    return int(file_bytes * PACKED)
+
+
+def kv_bytes_per_token(spec: ModelSpec) -> int:
+    """Keys and values of one token in bf16."""
+    return 2 * spec.layers * spec.kv_heads * spec.head_dim * 2
+
+
+def activation_bytes_per_token(spec: ModelSpec, *, recompute: bool = False) -> int:
+    """What one token keeps for backward, over all layers. With `recompute` one layer is whole and the others keep their input."""
+    heads, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    layer = 2 * (2 * spec.width + 2 * heads + 2 * kv + 3 * spec.ffn) + 8 * spec.width
+    return layer + (spec.layers - 1) * 4 * spec.width if recompute else spec.layers * layer
+
+
+def adapter_parameters(spec: ModelSpec, rank: int, targets: Collection[str] = TARGETS) -> int:
+    """A [rank, K] and B [N, rank] for every target of every layer."""
+    return spec.layers * sum(rank * sum(spec.linear_shape(target)) for target in targets)
+
+
+def train_bytes(spec: ModelSpec, file_bytes: int, batch_tokens: int, parameters: int, *, recompute: bool = False) -> int:
+    """Peak memory of training an adapter of `parameters` parameters, `batch_tokens` tokens a step."""
+    kept = batch_tokens * activation_bytes_per_token(spec, recompute=recompute)
+    return weight_bytes(file_bytes) + kept + ADAPTER_STATE * parameters + PROCESS_BYTES
+
+
+def chat_bytes(spec: ModelSpec, file_bytes: int, context: int) -> int:
+    """Peak memory of one conversation that fills `context` tokens."""
+    return weight_bytes(file_bytes) + context * kv_bytes_per_token(spec) + PROCESS_BYTES
+
+
+def train_flops_per_token(spec: ModelSpec, parameters: int, *, length: int = 512, loss_share: float = 1.0) -> float:
+    """FLOPs of one training token in segments of `length` tokens, of which `loss_share` carry loss."""
+    linears = spec.parameters() - (1 if spec.tied_head else 2) * spec.vocab * spec.width
+    head = spec.vocab * spec.width * loss_share
+    attention = 7 * spec.layers * spec.heads * spec.head_dim * length
+    return 4 * (linears + head) + 6 * parameters + attention
+
+
+def estimate(
+    spec: ModelSpec,
+    file_bytes: int,
+    machine: Machine,
+    *,
+    context: int | None = None,
+    batch_tokens: int = 2048,
+    rank: int = 16,
+    targets: Collection[str] = TARGETS,
+    data_tokens: int | None = None,
+    epochs: float = 1.0,
+    loss_share: float = 1.0,
+    length: int = 512,
+) -> Fit:
+    """Numbers and a verdict for one model on one machine. `context` defaults to the model's, at most 4,096 tokens."""
+    context = min(spec.context, 4096) if context is None else context
+    parameters = adapter_parameters(spec, rank, targets)
+    limit = machine.available * MARGIN
+    whole = train_bytes(spec, file_bytes, batch_tokens, parameters)
+    recompute = whole > limit
+    training = train_bytes(spec, file_bytes, batch_tokens, parameters, recompute=True) if recompute else whole
+    flops = train_flops_per_token(spec, parameters, length=length, loss_share=loss_share)
+    speed = TRAIN_EFFICIENCY * machine.bf16_flops / flops / (RECOMPUTE_COST if recompute else 1)
+    chatting = chat_bytes(spec, file_bytes, context)
+    disk = weight_bytes(file_bytes) + 3 * ADAPTER_STATE * parameters  # packed cache, two checkpoints and the result
+    seconds = None if data_tokens is None else data_tokens * epochs / speed
+    return Fit(
+        weights_bytes=weight_bytes(file_bytes),
+        kv_bytes=context * kv_bytes_per_token(spec),
+        chat_bytes=chatting,
+        chat_fits=chatting <= limit,
+        decode_tokens_per_second=DECODE_EFFICIENCY * machine.read_bandwidth / weight_bytes(file_bytes),
+        adapter_parameters=parameters,
+        train_bytes=training,
+        train_fits=training <= limit,
+        recompute=recompute,
+        train_tokens_per_second=speed,
+        disk_bytes=disk,
+        disk_fits=disk <= machine.disk_free,
+        context=context,
+        batch_tokens=batch_tokens,
+        rank=rank,
+        data_tokens=data_tokens,
+        train_seconds=seconds,
+        machine=machine,
+        verdict=_verdict(chatting, training, limit, recompute, disk, machine, context, batch_tokens, speed, seconds),
+    )
+
+
+def _verdict(
+    chatting: int,
+    training: int,
+    limit: float,
+    recompute: bool,
+    disk: int,
+    machine: Machine,
+    context: int,
+    batch_tokens: int,
+    speed: float,
+    seconds: float | None,
+) -> str:
+    """The figures as sentences; what does not fit comes with what would."""
+    chat = f"{gigabytes(chatting)} of {gigabytes(machine.available)} free at {context:,} tokens of context"
+    train = f"{gigabytes(training)} at {batch_tokens:,} tokens a step"
+    parts = [f"Chat fits: {chat}." if chatting <= limit else f"Chat does not fit: {chat}; take a smaller model."]
+    if training <= limit:
+        how = ", by recomputing layers" if recompute else ""
+        parts.append(f"Training fits: {train}{how}; about {speed:,.0f} tokens/s.")
+        parts += [f"The data would take about {duration(seconds)}."] if seconds is not None else []
+    else:
+        parts.append(
+            f"Training does not fit: {train}, with every layer recomputed; take fewer tokens a step (--batch-tokens) or a "
+            "smaller model."
+        )
+    if disk > machine.disk_free:
+        parts.append(f"The disk is too full: {gigabytes(disk)} needed, {gigabytes(machine.disk_free)} free.")
+    return " ".join(parts)
+
+
+def gigabytes(count: float) -> str:
+    """Bytes for people: "0.42 GB", "98.4 MB"."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: "40 s", "7 min", "2 h 5 min"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60:,} h {minutes % 60} min"
+
+
+def this_machine(folder: Path, threads: int) -> Machine:
+    """Measure this computer in under a second. `folder` names the disk; memory limits of containers count."""
+    import shutil
+
+    import psutil
+
+    memory = psutil.virtual_memory()
+    limit, used = _container_memory()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    return Machine(
+        memory=min(memory.total, limit),
+        available=max(0, min(memory.available, limit - used)),
+        disk_free=shutil.disk_usage(existing).free,
+        threads=threads,
+        bf16_flops=_matrix_rate() * (2.5 if _has_bf16() else 1.0),
+        read_bandwidth=_read_rate(threads),
+    )
+
+
+def _container_memory(root: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
+    """(limit, used without file cache) of a Linux control group in bytes; a limit beyond every machine where there is none."""
+    try:
+        limit = int((root / "memory.max").read_text())
+        used = int((root / "memory.current").read_text())
+        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+        return limit, used - int(stat.get("file", 0))
+    except (OSError, ValueError):  # no control groups, or "max"
+        return 1 << 62, 0
+
+
+def _has_bf16() -> bool:
+    """True if the processor multiplies bf16 itself; 2.5 times as fast as fp32 on the Zen 5 where both were measured."""
+    try:
+        return "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def _matrix_rate() -> float:
+    """fp32 FLOP/s of NumPy's matrix product, best of a few runs."""
+    import numpy as np
+
+    a = np.ones((768, 768), np.float32)
+    best = 1e30
+    for _ in range(6):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return float(2 * 768**3 / best)
+
+
+def _read_rate(threads: int) -> float:
+    """Bytes/s at which `threads` threads read memory far larger than the caches, best of three."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import numpy as np
+
+    data = np.ones((threads, 48 << 20 >> 3), np.int64)
+    best = 1e30
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(3):
+            start = time.perf_counter()
+            list(pool.map(np.max, data))
+            best = min(best, time.perf_counter() - start)
+    return float(data.nbytes / best)

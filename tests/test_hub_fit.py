@@ -1,0 +1,146 @@
+"""The memory model, and what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nomoat.hub import fit
+from nomoat.hub.fit import Machine, estimate
+from nomoat.models.spec import ModelSpec, RopeSpec
+
+MACHINE = Machine(
+    memory=16 * 10**9,
+    available=10 * 10**9,
+    disk_free=50 * 10**9,
+    threads=2,
+    bf16_flops=0.75e12,
+    read_bandwidth=40e9,
+)
+
+
+def spec(**change: int) -> ModelSpec:
+    """The dimensions of SmolLM2-135M."""
+    smollm2 = ModelSpec(
+        architecture="llama",
+        name="smollm2",
+        layers=30,
+        width=576,
+        heads=9,
+        kv_heads=3,
+        head_dim=64,
+        ffn=1536,
+        vocab=49152,
+        context=8192,
+        norm_eps=1e-5,
+        rope=RopeSpec(64, True, np.ones(32, np.float32)),
+        tied_head=True,
+    )
+    return dataclasses.replace(smollm2, **change)  # type: ignore[arg-type]
+
+
+BIG = spec(layers=32, width=4096, heads=32, kv_heads=8, head_dim=128, ffn=14336, vocab=128256)
+
+
+def test_figures_that_can_be_counted_by_hand() -> None:
+    assert fit.kv_bytes_per_token(spec()) == 2 * 2 * 30 * 3 * 64
+    per_layer = 2 * (576 + 576) + 2 * (192 + 576) + 3 * (576 + 1536)  # rows + columns of the seven linears
+    assert fit.adapter_parameters(spec(), 16) == 30 * 16 * per_layer
+    assert fit.adapter_parameters(spec(), 8, ["q"]) == 30 * 8 * (576 + 576)
+    assert fit.weight_bytes(100) == 103
+
+
+def test_recomputing_keeps_one_layer_and_the_inputs_of_the_others() -> None:
+    whole, least = (fit.activation_bytes_per_token(spec(), recompute=recompute) for recompute in (False, True))
+    one = whole // 30
+    assert whole == 30 * one
+    assert least == one + 29 * 4 * 576
+    assert fit.activation_bytes_per_token(spec(layers=1)) == fit.activation_bytes_per_token(spec(layers=1), recompute=True)
+
+
+def test_training_work_is_four_flops_a_weight() -> None:
+    """2 forward and 2 for dX, no gradient of frozen weights; the head counts where tokens carry loss."""
+    matrices = spec().parameters()
+    assert fit.train_flops_per_token(spec(), 0, length=0) == 4 * matrices
+    assert fit.train_flops_per_token(spec(), 0, length=0, loss_share=0) == 4 * (matrices - 49152 * 576)
+    assert fit.train_flops_per_token(spec(), 1000, length=0) == 4 * matrices + 6000
+    longer = fit.train_flops_per_token(spec(), 0, length=512) - fit.train_flops_per_token(spec(), 0, length=256)
+    assert longer == 7 * 30 * 576 * 256
+
+
+def test_a_small_model_fits() -> None:
+    result = estimate(spec(), 98_362_432, MACHINE, data_tokens=96_000, epochs=2)
+    assert result.chat_fits
+    assert result.train_fits
+    assert result.disk_fits
+    assert not result.recompute
+    assert result.train_seconds == pytest.approx(2 * 96_000 / result.train_tokens_per_second)
+    assert "Chat fits" in result.verdict
+    assert "Training fits" in result.verdict
+    assert fit.duration(result.train_seconds or 0) in result.verdict
+
+
+def test_layers_are_recomputed_before_anything_is_refused() -> None:
+    tight = dataclasses.replace(MACHINE, available=1_000_000_000)
+    result = estimate(spec(), 98_362_432, tight)
+    assert result.train_fits
+    assert result.recompute
+    assert "by recomputing" in result.verdict
+    assert result.train_tokens_per_second < estimate(spec(), 98_362_432, MACHINE).train_tokens_per_second
+    assert result.train_bytes < 1_000_000_000 < fit.train_bytes(spec(), 98_362_432, 2048, result.adapter_parameters)
+
+
+def test_what_does_not_fit_comes_with_a_way_out() -> None:
+    result = estimate(BIG, 8 * 10**9, MACHINE, batch_tokens=16_384)
+    assert result.chat_fits
+    assert not result.train_fits
+    assert "--batch-tokens" in result.verdict
+    assert estimate(BIG, 8 * 10**9, MACHINE, batch_tokens=128, rank=4).train_fits
+    assert "Chat does not fit" in estimate(BIG, 16 * 10**9, MACHINE).verdict
+    full = dataclasses.replace(MACHINE, disk_free=10**9)
+    assert "disk is too full" in estimate(BIG, 8 * 10**9, full).verdict
+
+
+@pytest.mark.parametrize("change", ["context", "batch_tokens", "rank"])
+def test_more_costs_more(change: str) -> None:
+    few, many = (estimate(spec(), 10**8, MACHINE, **{change: value}) for value in (64, 128))  # type: ignore[arg-type]
+    assert few.chat_bytes + few.train_bytes < many.chat_bytes + many.train_bytes
+
+
+def test_context_defaults_to_the_models_but_not_beyond_4096() -> None:
+    assert estimate(spec(), 10**8, MACHINE).context == 4096
+    assert estimate(spec(context=512), 10**8, MACHINE).context == 512
+
+
+def test_this_machine_is_measured(tmp_path: Path) -> None:
+    machine = fit.this_machine(tmp_path / "not" / "yet", 2)
+    assert 0 < machine.available <= machine.memory
+    assert 1e9 < machine.bf16_flops < 1e16
+    assert 1e8 < machine.read_bandwidth < 1e13
+    assert machine.disk_free > 0
+
+
+def test_memory_limits_of_containers_count(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("600000\n")
+    (tmp_path / "memory.stat").write_text("anon 100000\nfile 500000\n")
+    assert fit._container_memory(tmp_path) == (1_000_000, 100_000)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert fit._container_memory(tmp_path)[0] > 10**18
+    assert fit._container_memory(tmp_path / "none")[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (99, "99 s"), (100, "2 min"), (6_000, "1 h 40 min"), (360_000, "100 h 0 min")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert fit.duration(seconds) == text
+
+
+def test_sizes() -> None:
+    assert fit.gigabytes(98_362_432) == "98.4 MB"
+    assert fit.gigabytes(4.2e9) == "4.20 GB"
