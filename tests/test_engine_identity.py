@@ -1,0 +1,147 @@
+"""Same bits, whatever runs beside it: logits, log-probabilities, gradients and generated tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine_side import Trained, adapter_of, joined, random_pack
+from nomoat.data.pack import Pack
+from reference import random_lora
+from tiny import tiny_llama
+
+pytest.importorskip("nomoat._native")
+
+from nomoat.engine.generate import Sampling, generate, stream
+from nomoat.engine.lora import TrainableLora
+from nomoat.engine.model import Model
+
+from nomoat.engine.stack import Stack
+
+PRECISIONS = ["f32", "bf16", "int8"]
+TYPES = ["Q4_1", "Q6_K", "F32"]
+TOKENS = np.random.default_rng(2).integers(3, 271, 40).tolist()
+
+
+@pytest.fixture(scope="module", params=TYPES)
+def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    wide: dict[str, Any] = {"width": 256, "ffn": 512} if request.param.endswith("_K") else {}
+    return tiny_llama(tmp_path_factory.mktemp("identity") / "model.gguf", type=request.param, **wide)
+
+
+@pytest.fixture(scope="module")
+def model(path: Path) -> Model:
+    return Model.load(path, threads=1)
+
+
+def stacks_of(model: Model) -> list[Stack | None]:
+    """None, one adapter, and two of other ranks and linears."""
+    one, two = random_lora(model.spec, rank=4, seed=1), random_lora(model.spec, rank=3, seed=2, targets=("q", "v", "up"))
+    return [
+        None,
+        Stack(model.spec, [(adapter_of(one), 1.0)]),
+        Stack(model.spec, [(adapter_of(one), 0.5), (adapter_of(two), 2.0)]),
+    ]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_logits_do_not_depend_on_what_follows(model: Model, precision: str) -> None:
+    """Prefixes of every length: M = 1 (the decode kernels) to M = 40 (the blocked ones) give the same rows."""
+    whole = model.logits(TOKENS, precision=precision)
+    for length in [*range(1, 18), 31, 32, 33, 39]:
+        np.testing.assert_array_equal(model.logits(TOKENS[:length], precision=precision), whole[:length], str(length))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("which", [0, 2])
+def test_a_pack_does_not_depend_on_its_neighbours(model: Model, precision: str, which: int) -> None:
+    stack = stacks_of(model)[which]
+    packs = [random_pack(model.spec.vocab, lengths, seed) for seed, lengths in enumerate([(3, 5), (1,), (16, 17, 2), (40,)])]
+    alone = [model.logprobs(pack, stack=stack, precision=precision) for pack in packs]
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
+        found = model.logprobs(joined([packs[i] for i in order]), stack=stack, precision=precision)
+        np.testing.assert_array_equal(found, np.concatenate([alone[i] for i in order]))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_threads_do_not_change_forward(path: Path, model: Model, precision: str) -> None:
+    pack = random_pack(model.spec.vocab, (33, 7, 12), seed=3)
+    for threads in (2, 3):
+        other = Model.load(path, threads=threads)
+        for mine, theirs in zip(stacks_of(model), stacks_of(other), strict=True):
+            np.testing.assert_array_equal(
+                other.logits(TOKENS, stack=theirs, precision=precision), model.logits(TOKENS, stack=mine, precision=precision)
+            )
+            np.testing.assert_array_equal(
+                other.logprobs(pack, stack=theirs, precision=precision), model.logprobs(pack, stack=mine, precision=precision)
+            )
+
+
+def train_bits(model: Model, pack: Pack, precision: str) -> tuple[bytes, bytes]:
+    trained = Trained(TrainableLora(model.spec, rank=4, alpha=8.0), seed=1)
+    _, logp = trained.gradients(model, pack, precision)
+    return logp.tobytes(), b"".join(np.ascontiguousarray(gradient).tobytes() for gradient in trained.lora.gradients)
+
+
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+def test_threads_and_repetition_do_not_change_gradients(path: Path, model: Model, precision: str) -> None:
+    pack = random_pack(model.spec.vocab, (33, 7, 12, 1), seed=4)
+    first = train_bits(model, pack, precision)
+    assert train_bits(model, pack, precision) == first
+    for threads in (2, 3):
+        assert train_bits(Model.load(path, threads=threads), pack, precision) == first
+
+
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+def test_training_and_scoring_see_the_same_model(model: Model, precision: str) -> None:
+    """The forward pass of training is the one that scores: log-probabilities agree to the last bit."""
+    pack = random_pack(model.spec.vocab, (9, 20), seed=5)
+    trained = Trained(TrainableLora(model.spec, rank=4, alpha=8.0), seed=2)
+    _, logp = trained.gradients(model, pack, precision)
+    stack = Stack(model.spec, [(trained.lora.to_adapter(), 1.0)])
+    np.testing.assert_array_equal(model.logprobs(pack, stack=stack, precision=precision), logp)
+
+
+def test_packed_cache_gives_the_same_bits(path: Path) -> None:
+    """The first load packs and stores, the second maps what was stored."""
+    first = Model.load(path).logits(TOKENS)
+    np.testing.assert_array_equal(Model.load(path).logits(TOKENS), first)
+
+
+GREEDY = Sampling(temperature=0.0, max_tokens=12)
+PROMPTS = [TOKENS[:5], TOKENS[7:8], TOKENS[10:33], TOKENS[3:20]]
+
+
+def test_generation_does_not_depend_on_the_batch(model: Model) -> None:
+    """Prompts with different adapter stacks, alone, together, and through fewer slots than prompts."""
+    stacks = [stacks_of(model)[i] for i in (0, 1, 2, 1)]
+    alone = [generate(model, [prompt], GREEDY, stacks=[stack])[0].tokens for prompt, stack in zip(PROMPTS, stacks, strict=True)]
+    assert len({tuple(tokens) for tokens in alone}) > 1
+    for max_batch in (1, 2, 16):
+        together = generate(model, PROMPTS, GREEDY, stacks=stacks, max_batch=max_batch)
+        assert [list(completion.tokens) for completion in together] == [list(tokens) for tokens in alone]
+
+
+def test_sampling_depends_on_its_seed_only(model: Model) -> None:
+    sampling = Sampling(temperature=1.5, top_p=0.95, seed=11, max_tokens=12)
+    alone = [list(generate(model, [prompt], sampling)[0].tokens) for prompt in PROMPTS]
+    assert [list(completion.tokens) for completion in generate(model, PROMPTS, sampling)] == alone
+    other = Sampling(temperature=1.5, top_p=0.95, seed=12, max_tokens=12)
+    assert [list(generate(model, [prompt], other)[0].tokens) for prompt in PROMPTS] != alone
+
+
+def test_decoding_equals_scoring(model: Model) -> None:
+    """Greedy decoding through the KV cache picks the most likely token of the whole-text pass at every step."""
+    for prompt, stack in zip(PROMPTS, stacks_of(model), strict=False):
+        completion = generate(model, [prompt], GREEDY, stacks=[stack])[0]
+        found = list(completion.tokens)
+        logits = model.logits([*prompt, *found], stack=stack)
+        assert logits[len(prompt) - 1 : len(prompt) - 1 + len(found)].argmax(-1).tolist() == found
+
+
+def test_streaming_gives_the_same_text(model: Model) -> None:
+    for prompt in PROMPTS:
+        assert "".join(stream(model, prompt, GREEDY)) == generate(model, [prompt], GREEDY)[0].text
