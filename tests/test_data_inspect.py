@@ -46,7 +46,7 @@ def test_counts_and_reasons(text: Any, tmp_path: Path) -> None:
         chat("d?", "two"),
     )
     report = look(text, path, skip_bad=True)
-    assert (len(report.examples), report.lines) == (2, [1, 5])
+    assert (len(report.examples), report.positions) == (2, [0, 3])
     assert report.dropped == {"longer than the limit": 1, "no token to learn": 1}
     assert (report.log.skipped_rows, report.log.rows, report.truncated) == (1, 4, 0)
     assert report.learned_tokens == 4 and report.tokens > 20

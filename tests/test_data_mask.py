@@ -42,7 +42,7 @@ def made(text: tuple[Tokenizer, ChatTemplate | None], one: Row, **options: Any) 
     example = tokenize(one, *text, **({"max_tokens": 512} | options))
     assert isinstance(example, Example), example
     assert example.weights[0] == 0 and len(example.tokens) == len(example.weights)
-    assert (example.tokens.dtype, example.weights.dtype) == (np.int32, np.float32)
+    assert (example.tokens.dtype, example.weights.dtype) == (np.dtype("i4"), np.dtype("f4"))
     return example
 
 

@@ -246,7 +246,7 @@ def test_ids_are_unique() -> None:
     ["messages[0].role", "messages[0].content", "messages[0].weight", "messages[0].tool_calls[0].function.arguments"],
 )
 def test_the_field_is_named(tmp_path: Path, field: str) -> None:
-    changes = {
+    changes: dict[str, dict[str, Any]] = {
         "messages[0].role": {"role": None},
         "messages[0].content": {"content": 1},
         "messages[0].weight": {"weight": 3},
@@ -255,6 +255,20 @@ def test_the_field_is_named(tmp_path: Path, field: str) -> None:
     with pytest.raises(DataError) as fault:
         read_examples(message(**changes[field])(tmp_path))
     assert fault.value.field == field and f"field `{field}`" in str(fault.value)
+
+
+def test_in_an_array_the_element_is_named(tmp_path: Path) -> None:
+    """One line may hold the whole file."""
+    good = json.loads(GOOD)
+    bad = {"messages": [{"role": "wizard", "content": "x"}]}
+    path = content(json.dumps([good] * 7 + [bad]).encode(), "rows.json")(tmp_path)
+    with pytest.raises(DataError) as fault:
+        read_examples(path)
+    assert (fault.value.line, fault.value.field) == (1, "[7].messages[0].role")
+    path.write_text(json.dumps([good] * 3)[:-1] + ", {oops}]")
+    with pytest.raises(DataError) as fault:
+        read_examples(path)
+    assert (fault.value.code, fault.value.field) == ("E_JSON", "[3]")
 
 
 def test_terminal_escapes_in_a_row_do_not_reach_the_terminal(tmp_path: Path) -> None:

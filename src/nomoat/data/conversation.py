@@ -28,13 +28,24 @@ _MESSAGE_FIELDS = ("role", "content", "name", "weight", "tool_calls", "tool_call
 
 @dataclass(frozen=True)
 class Place:
-    """Where a row stands, for error messages."""
+    """Where a row stands, for error messages: `element` counts from 0 where the file is one JSON array."""
 
     path: Path
     line: int
+    element: int | None = None
+
+    def name(self, field: str | None) -> str | None:
+        """The path of a field from the top of the file: `messages[0].role`, in an array `[17].messages[0].role`."""
+        if self.element is None:
+            return field
+        return f"[{self.element}]" if field is None else f"[{self.element}].{field}"
 
     def fault(self, message: str, *, field: str | None = None, code: str = "E_TYPE") -> DataError:
-        return DataError(message, code=code, path=self.path, line=self.line, field=field)
+        return DataError(message, code=code, path=self.path, line=self.line, field=self.name(field))
+
+    def parse(self, text: str, field: str | None = None) -> Any:
+        """`strict_json.parse` of this row, or of the JSON text in one of its fields."""
+        return strict_json.parse(text, path=self.path, line=self.line, field=self.name(field))
 
 
 def text_of(value: Any, place: Place, field: str) -> str:
@@ -92,7 +103,7 @@ def sharegpt_messages(value: Any, place: Place, ignored: Counter[str]) -> list[M
         text = text_of(item.get("value"), place, f"{where}.value")
         message: Message = {"role": _SHAREGPT_ROLES[speaker], "content": text}
         if speaker == "function_call":
-            calls = strict_json.parse(text, path=place.path, line=place.line, field=f"{where}.value")
+            calls = place.parse(text, f"{where}.value")
             calls = calls if isinstance(calls, list) else [calls]
             message["content"] = ""
             message["tool_calls"] = tool_calls([{"function": call} for call in calls], place, f"{where}.value")
@@ -117,7 +128,7 @@ def tool_calls(value: Any, place: Place, field: str) -> list[dict[str, Any]]:
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
             where = f"{where}.function.arguments"
-            arguments = strict_json.parse(arguments, path=place.path, line=place.line, field=where)
+            arguments = place.parse(arguments, where)
         if not isinstance(arguments, dict):
             raise place.fault(f"{_shown(arguments)}; expected an object of arguments", field=where)
         made_call: dict[str, Any] = {"type": "function", "function": {"name": name, "arguments": arguments}}
@@ -130,7 +141,7 @@ def tool_calls(value: Any, place: Place, field: str) -> list[dict[str, Any]]:
 def tool_list(value: Any, place: Place) -> list[dict[str, Any]] | None:
     """`tools` as OpenAI has it: a list (or JSON text of one); a bare function description is wrapped."""
     if isinstance(value, str):
-        value = strict_json.parse(value, path=place.path, line=place.line, field="tools") if value.strip() else None
+        value = place.parse(value, "tools") if value.strip() else None
     if value is None or value == []:
         return None
     if not isinstance(value, list):

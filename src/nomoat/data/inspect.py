@@ -44,7 +44,8 @@ class Inspection:
     log: ReadLog
     max_tokens: int
     examples: list[Example] = field(default_factory=list)
-    lines: list[int] = field(default_factory=list)  # of the examples, in the file
+    # of each example among the rows of `stream_examples`; lines will not do, since one line may hold a whole array
+    positions: list[int] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> rows
     dropped_lines: list[tuple[int, str]] = field(default_factory=list)
     details: dict[str, str] = field(default_factory=dict)  # reason -> what exactly, for its first row
@@ -172,7 +173,7 @@ def _use(report: Inspection, row: Row, tokenizer: Tokenizer, template: ChatTempl
         if not report.examples:
             report.preview = learned_runs(made, tokenizer)
         report.examples.append(made)
-        report.lines.append(row.line)
+        report.positions.append(report.log.rows - 1)
         return
     report.dropped[made.reason] += 1
     report.details.setdefault(made.reason, made.detail)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from nomoat.data import source, strict_json
+from nomoat.data import source
 from nomoat.data.conversation import Message, Place, openai_messages, sharegpt_messages, text_of, tool_list
 from nomoat.errors import DataError, InputError, printable
 
@@ -101,13 +101,13 @@ def stream_examples(
     digest = hashlib.sha256()
     log.format = format or ""
     with source.open_data(path) as file:
-        for line, value in _values(file, path, digest, rename, skip_bad, log):
+        for place, value in _values(file, path, digest, rename, skip_bad, log):
             try:
-                row = _row(value, Place(path, line), log)
+                row = _row(value, place, log)
             except DataError as fault:
                 if not skip_bad:
                     raise
-                log.skip(line, str(fault))
+                log.skip(place.line, str(fault))
                 continue
             log.rows += 1
             yield row
@@ -122,22 +122,24 @@ Fields = dict[str, Any]
 
 def _values(
     file: BinaryIO, path: Path, digest: source.Digest, rename: Fields, skip_bad: bool, log: ReadLog
-) -> Iterator[tuple[int, Any]]:
-    """(line, value that should be an object) of each row, whatever the container."""
+) -> Iterator[tuple[Place, Any]]:
+    """(where it stands, value that should be an object) of each row, whatever the container."""
     suffix = path.suffix.lower()
     if suffix == ".txt":
         log.format = "text"
-        yield from ((line, {"text": block}) for line, block in _text_blocks(source.lines(file, path, digest)))
+        yield from ((Place(path, line), {"text": block}) for line, block in _text_blocks(source.lines(file, path, digest)))
     elif suffix in _DELIMITERS:
         for line, record in _csv_records(file, path, digest, _DELIMITERS[suffix], skip_bad, log):
-            yield line, _renamed(record, rename, path, line, log)
+            place = Place(path, line)
+            yield place, _renamed(record, rename, place, log)
     elif suffix in _JSON_SUFFIXES or log.format:
-        pieces = source.array_elements if source.starts_array(file) else source.lines
-        for line, text in pieces(file, path, digest):
+        array = source.starts_array(file)
+        for at, (line, text) in enumerate((source.array_elements if array else source.lines)(file, path, digest)):
             if not text.strip():
                 continue  # a blank line
+            place = Place(path, line, at if array else None)
             try:
-                yield line, _renamed(strict_json.parse(text, path=path, line=line), rename, path, line, log)
+                yield place, _renamed(place.parse(text), rename, place, log)
             except DataError as fault:
                 if not skip_bad:
                     raise
@@ -148,15 +150,14 @@ def _values(
         raise DataError(message, code="E_TYPE", path=path)
 
 
-def _renamed(value: Any, rename: Mapping[str, str], path: Path, line: int, log: ReadLog) -> Any:
+def _renamed(value: Any, rename: Mapping[str, str], place: Place, log: ReadLog) -> Any:
     """The fields that `map` names, under their new names."""
     if not rename or not isinstance(value, dict):
         return value
     for wanted in rename.values():
         if wanted not in value:
             found = ", ".join(printable(str(key)[:40]) for key in list(value)[:20])
-            message = f"--map names this field, but the row has only: {found}"
-            raise DataError(message, code="E_TYPE", path=path, line=line, field=wanted)
+            raise place.fault(f"--map names this field, but the row has only: {found}", field=wanted)
     log.ignored_fields.update(key for key in value if key not in rename.values())
     return {target: value[wanted] for target, wanted in rename.items()}
 
