@@ -283,7 +283,7 @@ def test_a_manifest_that_does_not_match_the_files(tmp_path: Path) -> None:
         assert caught.value.code == "E_HASH"
 
 
-@pytest.mark.parametrize("text", ["[]", "{", '{"format": 2}', "{}", '{"format": 1, "files": []}'])
+@pytest.mark.parametrize("text", ["[]", "{", '{"format": 2}', "{}", '{"format": 1, "files": []}', '{"format": 1, "base": "x"}'])
 def test_broken_manifests(tmp_path: Path, text: str) -> None:
     path = foreign(tmp_path / "a", PLAIN)
     (path / MANIFEST).write_text(text)

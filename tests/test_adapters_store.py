@@ -60,11 +60,11 @@ def test_install_list_resolve_remove(home: Path) -> None:
     with pytest.raises(NotFoundError, match="installed: none"):
         store.resolve("tickets")
     for name in ("tickets", "polite"):
-        save_adapter(store.folder(name), random_adapter(SPEC, 1), SPEC, {"recipe": name})
+        save_adapter(store.folder(name), random_adapter(SPEC, 1), SPEC, {"recipe": {"of": name}})
     (store.folder("polite") / "nomoat.json").write_text("{")
     (home / "data" / "adapters" / ".tickets.1-00000000.tmp").mkdir()
     found = store.installed()
-    assert [(entry.name, entry.manifest.get("recipe")) for entry in found] == [("polite", None), ("tickets", "tickets")]
+    assert [(entry.name, entry.manifest.get("recipe")) for entry in found] == [("polite", None), ("tickets", {"of": "tickets"})]
     assert found[0].fault is not None
     assert store.resolve("tickets") == store.folder("tickets")
     store.remove("tickets")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nomoat.errors import InputError, ResourceError
+from nomoat.hub.fit import Machine
 from nomoat.train.plan import TrainOptions, check_resources, default_learning_rate, make_plan
 from toy import toy_spec
 
-COUNTS = {"rows": 100, "validation_rows": 5, "tokens": 3200, "loss_tokens": 500, "longest": 40, "weight_bytes": 1 << 20}
+COUNTS = {"rows": 100, "validation_rows": 5, "tokens": 3200, "loss_tokens": 500, "longest": 40, "file_bytes": 1 << 20}
+MACHINE = Machine(memory=1 << 40, available=1 << 40, disk_free=1 << 40, threads=2, bf16_flops=1e12, read_bandwidth=1e10)
 
 
 @pytest.mark.parametrize(
@@ -51,34 +52,45 @@ def test_options_out_of_range_are_refused_by_name(name: str, value: Any) -> None
 
 def test_rank_and_context_must_fit_the_model() -> None:
     with pytest.raises(InputError, match="rank is 64"):
-        make_plan(TrainOptions(rank=64), toy_spec(), **COUNTS)
+        make_plan(TrainOptions(rank=64), toy_spec(), MACHINE, **COUNTS)
     with pytest.raises(InputError, match="context is 100"):
-        make_plan(TrainOptions(rank=2, context=100), toy_spec(), **COUNTS)
+        make_plan(TrainOptions(rank=2, context=100), toy_spec(), MACHINE, **COUNTS)
 
 
 def test_plan_counts() -> None:
     spec = toy_spec()
-    plan = make_plan(TrainOptions(rank=2, epochs=3), spec, **COUNTS)
+    plan = make_plan(TrainOptions(rank=2, epochs=3), spec, MACHINE, **COUNTS)
     assert (plan.steps_per_epoch, plan.steps) == (7, 21)
     assert plan.trainable == 2 * 2 * sum(n + k for n, k in map(spec.linear_shape, TrainOptions().targets))
-    assert make_plan(TrainOptions(rank=2, max_steps=4), spec, **COUNTS).steps == 4
-    larger = make_plan(TrainOptions(rank=4, max_tokens=4096), spec, **COUNTS)
+    assert make_plan(TrainOptions(rank=2, max_steps=4), spec, MACHINE, **COUNTS).steps == 4
+    larger = make_plan(TrainOptions(rank=4, max_tokens=4096), spec, MACHINE, **COUNTS)
     assert larger.memory_bytes > plan.memory_bytes
     assert larger.disk_bytes == 2 * plan.disk_bytes
     with pytest.raises(InputError, match="no row"):
-        make_plan(TrainOptions(rank=2), spec, **{**COUNTS, "rows": 0})
+        make_plan(TrainOptions(rank=2), spec, MACHINE, **{**COUNTS, "rows": 0})
     with pytest.raises(InputError, match="steps"):
-        make_plan(TrainOptions(rank=2, epochs=10_000, batch_sequences=1), spec, **{**COUNTS, "rows": 10_000})
+        make_plan(TrainOptions(rank=2, epochs=10_000, batch_sequences=1), spec, MACHINE, **{**COUNTS, "rows": 10_000})
 
 
-def test_too_little_memory_or_disk_is_refused_with_numbers(tmp_path: Path) -> None:
+def test_time_grows_with_epochs_and_memory_is_saved_by_computing_twice() -> None:
+    spec = toy_spec()
+    plan = make_plan(TrainOptions(rank=2), spec, MACHINE, **COUNTS)
+    assert make_plan(TrainOptions(rank=2, epochs=2), spec, MACHINE, **COUNTS).seconds == pytest.approx(2 * plan.seconds)
+    assert not plan.recompute
+    tight = make_plan(TrainOptions(rank=2), spec, replace(MACHINE, available=plan.memory_bytes), **COUNTS)
+    assert tight.recompute
+    assert tight.memory_bytes < plan.memory_bytes
+    assert "7 steps of 16 rows" in plan.text(TrainOptions(rank=2))
+
+
+def test_too_little_memory_or_disk_is_refused_with_numbers() -> None:
     options = TrainOptions(rank=2)
-    plan = make_plan(options, toy_spec(), **COUNTS)
-    check_resources(plan, options, tmp_path / "not" / "yet", available=1 << 40)
-    with pytest.raises(ResourceError, match=r"MiB of memory, and 1 MiB are free.*--max-tokens 512"):
-        check_resources(plan, options, tmp_path, available=1 << 20)
-    with pytest.raises(ResourceError, match="checkpoints need"):
-        check_resources(replace(plan, disk_bytes=1 << 62), options, tmp_path, available=1 << 40)
+    plan = make_plan(options, toy_spec(), MACHINE, **COUNTS)
+    check_resources(plan, options, MACHINE)
+    with pytest.raises(ResourceError, match=r"of memory, and 0\.9 MB can be used.*--max-tokens 512"):
+        check_resources(plan, options, replace(MACHINE, available=10**6))
+    with pytest.raises(ResourceError, match="of disk, and 1"):
+        check_resources(plan, options, replace(MACHINE, disk_free=1000))
 
 
 def test_learning_rate_falls_with_size() -> None:

@@ -36,6 +36,18 @@ FORMAT = 1
 CONFIG, WEIGHTS, MANIFEST, CARD = "adapter_config.json", "adapter_model.safetensors", "nomoat.json", "README.md"
 ALLOWED = frozenset({CONFIG, WEIGHTS, MANIFEST, CARD, ".gitattributes"})
 MAX_JSON = 1 << 20  # bytes
+#: Keys of the manifest that hold objects or lists; one left out is an empty one.
+MANIFEST_TYPES: dict[str, type[dict[str, Any]] | type[list[Any]]] = {
+    "base": dict,
+    "targets": list,
+    "recipe": dict,
+    "data": dict,
+    "engine": dict,
+    "evaluation": dict,
+    "licences": dict,
+    "parents": list,
+    "files": dict,
+}
 
 
 def identity(spec: ModelSpec, *, vocabulary: str, file: str) -> dict[str, Any]:
@@ -51,12 +63,12 @@ def check_base(manifest: Manifest, base: Mapping[str, Any]) -> str | None:
     no base. Raises AdapterError E_ARCH, naming both, for another model.
     """
     made_for = manifest.get("base")
-    if not isinstance(made_for, dict) or not made_for:
+    if not made_for:
         return None
     differences = [
-        f"{printable(key)} {_short(made_for[key])} instead of {_short(base.get(key))}"
-        for key in sorted(made_for)
-        if key not in ("name", "file", "source") and made_for[key] != base.get(key)
+        f"{key} {_short(made_for[key])} there, {_short(base[key])} here"
+        for key in sorted(base)
+        if key not in ("name", "file") and key in made_for and made_for[key] != base[key]
     ]
     theirs, ours = _short(made_for.get("name")), _short(base.get("name"))
     if differences:
@@ -112,6 +124,10 @@ def read_manifest(folder: Path) -> Manifest:
             "A newer nomoat may read it",
             code="E_TYPE",
         )
+    for key, kind in MANIFEST_TYPES.items():
+        if not isinstance(manifest.setdefault(key, kind()), kind):
+            shown = f"{printable(str(folder))}: nomoat.json: `{key}` is {_short(manifest[key])}"
+            raise AdapterError(f"{shown}; expected {'a list' if kind is list else 'an object'}", code="E_TYPE")
     return manifest
 
 
@@ -140,10 +156,7 @@ def _check_names(folder: Path) -> None:
 
 def _check_files(folder: Path, manifest: Manifest) -> None:
     """Sizes and digests of the manifest against the files. Raises AdapterError E_HASH."""
-    listed = manifest.get("files", {})
-    if not isinstance(listed, dict):
-        raise AdapterError(f"{printable(str(folder))}: nomoat.json: `files` is not an object", code="E_TYPE")
-    for name, record in sorted(listed.items()):
+    for name, record in sorted(manifest.get("files", {}).items()):
         if name not in ALLOWED or not (folder / name).is_file() or not isinstance(record, dict):
             raise AdapterError(f"{printable(str(folder))}: nomoat.json lists {_short(name)}, which is not there", code="E_HASH")
         path = folder / name
@@ -191,7 +204,7 @@ def save_adapter(path: Path | str, adapter: Adapter, spec: ModelSpec, manifest: 
     folder.parent.mkdir(parents=True, exist_ok=True)
     sweep(folder.parent)
     with atomic_folder(folder) as new:
-        config, arrays = to_peft(adapter, spec, base=manifest.get("base", {}).get("source"))
+        config, arrays = to_peft(adapter, spec, base=manifest.get("base", {}).get("huggingface"))
         write_safetensors(new / WEIGHTS, arrays, {"format": "pt"})
         (new / CONFIG).write_text(_json(config), encoding="utf-8")
         (new / CARD).write_text(model_card(folder.name, manifest), encoding="utf-8")
@@ -212,8 +225,8 @@ def model_card(name: str, manifest: Manifest) -> str:
     """README.md with the front matter that model hubs read."""
     base = manifest.get("base", {})
     lines = ["---", "library_name: peft", "tags:", "- lora", "- nomoat", "base_model_relation: adapter"]
-    if base.get("source"):
-        lines.append(f"base_model: {base['source']}")
+    if base.get("huggingface"):
+        lines.append(f"base_model: {base['huggingface']}")
     lines += ["---", "", f"# {name}", ""]
     if base.get("name"):
         lines += [f"An adapter for {base['name']}, trained with nomoat.", ""]

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nomoat.train.run import TrainResult
+    from nomoat.train.job import TrainResult
 
 
 class _CallableModule(ModuleType):

@@ -100,7 +100,7 @@ class Trainer:
         self.best: list[Float32] | None = None
         self._epoch: tuple[int, Sequence[Sequence[Pack]]] | None = None
         self._began = self._saved = time.monotonic()
-        self._tokens = 0
+        self.tokens = 0
 
     def run(self) -> bool:
         """Trains to the end, or until `interrupted()`; then a checkpoint is written and False returned.
@@ -130,7 +130,7 @@ class Trainer:
         norm = self.optimizer.norm(self.lora.gradients)
         applied = self._apply(loss, norm, rate)
         progress.step += 1
-        self._tokens += sum(pack.rows for pack in packs)
+        self.tokens += sum(pack.rows for pack in packs)
         elapsed = time.monotonic() - self._began
         self.report(
             {
@@ -140,15 +140,15 @@ class Trainer:
                 "loss": _finite(loss),
                 "gradient_norm": _finite(norm),
                 "learning_rate": rate,
-                "tokens": self._tokens,
-                "tokens_per_second": self._tokens / max(elapsed, 1e-9),
+                "tokens": self.tokens,
+                "tokens_per_second": self.tokens / max(elapsed, 1e-9),
                 "step_seconds": time.monotonic() - began,
             }
         )
         if progress.failures >= MAX_FAILURES:
             raise NonFiniteError(
-                f"the loss or its gradient was NaN, infinite or exploding in {MAX_FAILURES} steps in a row (the last: loss {loss}, "
-                f"gradient norm {norm}, step {progress.step}); nothing of them was applied. "
+                f"the loss or its gradient was NaN, infinite or exploding in {MAX_FAILURES} steps in a row "
+                f"(the last: loss {loss}, gradient norm {norm}, step {progress.step}); nothing of them was applied. "
                 "Use a smaller --lr, or look at the rows of these steps"
             )
         every = max(1, math.ceil(self.steps / self.options.evaluations))

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-import shutil
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from nomoat.errors import InputError, ResourceError, printable
+from nomoat.hub import fit
+from nomoat.hub.fit import Machine
 from nomoat.models.spec import TARGETS, ModelSpec
 
 #: (largest number of weights, learning rate): what LoRA of all linears at rank 16 learns best with when no probe is run.
 DEFAULT_LEARNING_RATES = ((300e6, 1e-3), (1.5e9, 5e-4), (4e9, 3e-4), (math.inf, 2e-4))
 
 MAX_STEPS = 10_000_000
-#: Resident beside weights and activations: interpreter, libraries, data set, native scratch.
-PROCESS_BYTES = 150 << 20
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,10 @@ def default_learning_rate(spec: ModelSpec) -> float:
 
 @dataclass(frozen=True)
 class Plan:
-    """Numbers of the run. `tokens` and `loss_tokens` are those of one epoch; bytes are estimates."""
+    """Numbers of the run. `tokens` and `loss_tokens` are those of one epoch; bytes and seconds are estimates.
+
+    `recompute`: some layers' activations are computed twice, because keeping them all does not fit into memory.
+    """
 
     rows: int
     validation_rows: int
@@ -132,35 +133,55 @@ class Plan:
     longest: int
     trainable: int
     memory_bytes: int
+    recompute: bool
     disk_bytes: int
+    seconds: float
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    def text(self, options: TrainOptions) -> str:
+        """The plan in two lines."""
+        held = f", {self.validation_rows:,} held out" if self.validation_rows else ""
+        again = " (with layers computed twice)" if self.recompute else ""
+        return (
+            f"plan: {self.rows:,} rows to learn{held}; {self.steps:,} steps of {options.batch_sequences} rows; "
+            f"rank {options.rank}, {self.trainable / 1e6:.1f} million trained weights\n"
+            f"      about {fit.duration(self.seconds)} and {fit.gigabytes(self.memory_bytes)} of memory{again}, "
+            f"at most {fit.gigabytes(self.disk_bytes)} of disk for checkpoints"
+        )
 
 
 def make_plan(
     options: TrainOptions,
     spec: ModelSpec,
+    machine: Machine,
     *,
     rows: int,
     validation_rows: int,
     tokens: int,
     loss_tokens: int,
     longest: int,
-    weight_bytes: int,
+    file_bytes: int,
 ) -> Plan:
-    """Counts steps and estimates memory and disk. Raises InputError E_LIMIT for a run of too many steps, E_DATA for no rows."""
+    """Counts steps and estimates memory, disk and time. Raises InputError: E_LIMIT for too many steps, E_DATA for no rows."""
     options.check_model(spec)
     if rows < 1:
-        raise InputError("no row is left to learn from; see the counts above for why rows were dropped", code="E_DATA")
+        raise InputError("no row is left to learn from; the report on the data says why rows were dropped", code="E_DATA")
     per_epoch = math.ceil(rows / options.batch_sequences)
-    steps = per_epoch * options.epochs if options.max_steps is None else min(options.max_steps, per_epoch * options.epochs)
+    steps = min(per_epoch * options.epochs, options.max_steps or MAX_STEPS + 1)
     if steps > MAX_STEPS:
-        raise InputError(
-            f"{steps:,} steps; at most {MAX_STEPS:,} are allowed. Use fewer epochs or larger batches", code="E_LIMIT"
-        )
-    shapes = [spec.linear_shape(target) for target in options.targets]
-    trainable = spec.layers * options.rank * sum(n + k for n, k in shapes)
+        raise InputError(f"{steps:,} steps are more than {MAX_STEPS:,}; use fewer epochs or larger batches", code="E_LIMIT")
+    trainable = fit.adapter_parameters(spec, options.rank, options.targets)
+    pack_rows = max(options.max_tokens, longest)
+    best = 4 * trainable  # the best parameters so far
+    memory = best + fit.train_bytes(spec, file_bytes, pack_rows, trainable)
+    recompute = memory > machine.available * fit.MARGIN
+    if recompute:
+        memory = best + fit.train_bytes(spec, file_bytes, pack_rows, trainable, recompute=True)
+    share = loss_tokens / max(1, tokens)
+    flops = fit.train_flops_per_token(spec, trainable, length=max(1, tokens // rows), loss_share=share)
+    speed = fit.TRAIN_EFFICIENCY * machine.bf16_flops / flops / (fit.RECOMPUTE_COST if recompute else 1)
     return Plan(
         rows=rows,
         validation_rows=validation_rows,
@@ -170,41 +191,27 @@ def make_plan(
         loss_tokens=loss_tokens,
         longest=longest,
         trainable=trainable,
-        memory_bytes=memory_bytes(options, spec, trainable=trainable, longest=longest, weight_bytes=weight_bytes),
+        memory_bytes=memory,
+        recompute=recompute,
         # two checkpoints and the one being written, each parameters, two moments and the best so far; the adapter itself
-        disk_bytes=(3 * 4 + 1) * trainable * 4,
+        disk_bytes=(3 * 4 + 1) * 4 * trainable,
+        seconds=tokens / speed * steps / per_epoch,
     )
 
 
-def memory_bytes(options: TrainOptions, spec: ModelSpec, *, trainable: int, longest: int, weight_bytes: int) -> int:
-    """Peak resident bytes: packed weights; parameters, gradients, moments, best and a copy being written; activations.
-
-    Activations: the residual stream into every block (two a layer, fp32), one layer's inner activations with their gradients
-    (recomputed layer by layer), and a block of logits.
-    """
-    rows = max(options.max_tokens, longest)
-    kept = 2 * spec.layers * spec.width
-    inner = 4 * spec.width + 3 * (spec.heads + 2 * spec.kv_heads) * spec.head_dim + 6 * spec.ffn
-    logits = 256 * spec.vocab
-    return int(weight_bytes * 1.05) + 6 * 4 * trainable + 4 * (rows * (kept + inner) + logits) + PROCESS_BYTES
-
-
-def check_resources(plan: Plan, options: TrainOptions, folder: Path, *, available: int) -> None:
-    """Raises ResourceError, saying what would fit, where memory (`available` bytes) or the disk of `folder` is too small."""
-    if plan.memory_bytes > available:
+def check_resources(plan: Plan, options: TrainOptions, machine: Machine) -> None:
+    """Raises ResourceError, saying what would fit, where memory or disk are too small."""
+    limit = machine.available * fit.MARGIN
+    if plan.memory_bytes > limit:
         smaller = "a smaller model"
         if options.max_tokens > 256 and plan.longest < options.max_tokens:
             smaller = f"--max-tokens {max(256, options.max_tokens // 2)}, or a smaller model"
         raise ResourceError(
-            f"training needs about {plan.memory_bytes >> 20:,} MiB of memory, and {available >> 20:,} MiB are free. "
+            f"training needs about {fit.gigabytes(plan.memory_bytes)} of memory, and {fit.gigabytes(limit)} can be used. "
             f"Close other programs, or use {smaller}"
         )
-    place = folder
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if plan.disk_bytes > free:
+    if plan.disk_bytes > machine.disk_free:
         raise ResourceError(
-            f"checkpoints need about {plan.disk_bytes >> 20:,} MiB in {printable(str(folder))}, and {free >> 20:,} MiB are free. "
+            f"checkpoints need about {fit.gigabytes(plan.disk_bytes)} of disk, and {fit.gigabytes(machine.disk_free)} are free. "
             f"Free some space, use a smaller --rank than {options.rank}, or set NOMOAT_HOME to another disk"
         )
