@@ -18,7 +18,6 @@ pytest.importorskip("nomoat._native")
 from nomoat.engine.generate import Sampling, generate, stream
 from nomoat.engine.lora import TrainableLora
 from nomoat.engine.model import Model
-
 from nomoat.engine.stack import Stack
 
 PRECISIONS = ["f32", "bf16", "int8"]

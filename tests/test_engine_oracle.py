@@ -20,7 +20,6 @@ pytest.importorskip("nomoat._native")
 
 from nomoat.engine.lora import TrainableLora
 from nomoat.engine.model import Model
-
 from nomoat.engine.stack import Stack
 
 TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -100,21 +99,6 @@ def loss_curve(model: PeftModel, packs: list[Pack], learning_rate: float) -> lis
     return losses
 
 
-def random_pack(vocab: int, lengths: tuple[int, ...], seed: int) -> Pack:
-    """Segments of random tokens; about a third of the rows carry no loss and a third half a weight."""
-    rng = np.random.default_rng(seed)
-    rows = sum(lengths)
-    weights = rng.choice(np.array([0.0, 0.5, 1.0], np.float32), rows)
-    weights[-1] = 1.0
-    return Pack(
-        tokens=rng.integers(0, vocab, rows, dtype=np.int32),
-        starts=np.cumsum([0, *lengths], dtype=np.int32),
-        targets=rng.integers(0, vocab, rows, dtype=np.int32),
-        weights=weights,
-        examples=tuple(range(len(lengths))),
-    )
-
-
 def markov_packs(vocab: int, steps: int, seed: int) -> list[Pack]:
     """Batches with something to learn: sequences in which each of 24 tokens has two likely successors."""
     rng = np.random.default_rng(seed)
@@ -140,8 +124,3 @@ def markov_packs(vocab: int, steps: int, seed: int) -> list[Pack]:
             )
         )
     return packs
-
-
-def relative_error(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
-    """Distance over the length of `expected`."""
-    return float(np.linalg.norm(found - expected) / max(np.linalg.norm(expected), math.ulp(0.0)))

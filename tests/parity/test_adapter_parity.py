@@ -10,29 +10,17 @@ import pytest
 import torch
 from peft import PeftModel
 
+from engine_side import adapter_of, lora_of
 from nomoat.adapters.package import load_adapter, save_adapter
-from nomoat.engine.stack import Adapter
 from nomoat.models.spec import TARGETS
 from parity import peft_side
-from reference import Lora, Reference, random_lora
+from reference import Reference, random_lora
 from tiny import tiny_hf, tiny_llama
 
 TOKENS = [1, 52, 287, 11, 3, 3, 200, 77, 140, 9, 250, 18]
 SHAPE: dict[str, Any] = {"width": 64, "heads": 4, "kv_heads": 2, "ffn": 96}
 # float64 on both sides, except transformers' float32 angles: 12 positions x eps32 of logits that reach 5
 TOLERANCE = 5 * 12 * float(np.finfo(np.float32).eps)
-
-
-def adapter_of(lora: Lora) -> Adapter:
-    """In float32, as files hold it."""
-    (a, _, scale) = next(iter(lora.values()))
-    tensors = {place: (np.float32(a), np.float32(b)) for place, (a, b, _) in lora.items()}
-    targets = tuple(target for target in TARGETS if any(target == t for _, t in lora))
-    return Adapter(rank=a.shape[0], alpha=scale * a.shape[0], targets=targets, tensors=tensors)
-
-
-def lora_of(adapter: Adapter) -> Lora:
-    return {place: (a.astype(np.float64), b.astype(np.float64), adapter.scale) for place, (a, b) in adapter.tensors.items()}
 
 
 def peft_logits(model: PeftModel) -> Any:

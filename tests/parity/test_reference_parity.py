@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine_side import random_pack, relative_error
 from golden.make_transformers_llama import FILE, MODELS, make
 from parity import peft_side
 from reference import Reference, random_lora
@@ -33,11 +34,11 @@ def test_all_lora_gradients(dimensions: dict[str, Any], tmp_path: Path) -> None:
     folder = tiny_hf(tmp_path / "hf", **dimensions)
     reference = Reference.load(folder)
     lora = random_lora(reference.spec, rank=2, scale=2.0)
-    pack = peft_side.random_pack(reference.spec.vocab, (5, 7), seed=1)
+    pack = random_pack(reference.spec.vocab, (5, 7), seed=1)
     model = peft_side.with_lora(peft_side.load_base(folder, torch.float64), lora)
     batch = (pack.tokens, pack.targets, pack.weights, pack.starts)
     assert float(reference.loss(*batch, lora)) == pytest.approx(float(peft_side.loss_of(model, pack).detach()), rel=1e-6)
     for place, expected in peft_side.gradients(model, pack).items():
         for part in (0, 1):
             found = reference.gradient(place, part, lora, *batch)
-            assert peft_side.relative_error(found, expected[part]) < TOLERANCE, (place, part)
+            assert relative_error(found, expected[part]) < TOLERANCE, (place, part)
