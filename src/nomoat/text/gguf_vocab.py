@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from nomoat.errors import FileFormatError, InputError, ModelError, printable
 from nomoat.text import pretokenizers, sentencepiece
@@ -36,7 +36,8 @@ def tokenizer_from_gguf(file: GgufFile) -> Tokenizer:
     model = file.get_str("tokenizer.ggml.model")
     if model not in ("gpt2", "llama"):
         raise ModelError(
-            f"tokenizer kind `{printable(model[:80])}` (tokenizer.ggml.model): nomoat knows gpt2 (byte-level BPE) and llama (SentencePiece)",
+            f"tokenizer kind `{printable(model[:80])}` (tokenizer.ggml.model):"
+            " nomoat knows gpt2 (byte-level BPE) and llama (SentencePiece)",
             code="E_TOKENIZER",
         )
     byte_level = model == "gpt2"
@@ -73,9 +74,9 @@ def _byte_level_bpe(file: GgufFile, vocabulary: Vocabulary, pre: pretokenizers.P
     import tokenizers
     from tokenizers import normalizers
 
-    merges = [tuple(text.split(" ")) for text in _strings(file, "merges", MAX_MERGES)]
-    if any(len(merge) != 2 for merge in merges):
-        wrong = next(i for i, merge in enumerate(merges) if len(merge) != 2)
+    merges: list[Any] = [tuple(text.split(" ")) for text in _strings(file, "merges", MAX_MERGES)]
+    wrong = next((i for i, merge in enumerate(merges) if len(merge) != 2), None)
+    if wrong is not None:
         _fail(file, "E_TYPE", f"tokenizer.ggml.merges[{wrong}] is not two tokens with one space between them")
     ids = _ids(vocabulary)
     try:
@@ -113,11 +114,10 @@ def _tokens(file: GgufFile) -> tuple[list[str], bytes]:
     if numbers is None:
         types = bytes([TokenType.NORMAL]) * len(tokens)
     else:
-        wrong = numbers[(numbers < 0) | (numbers > max(TokenType))]
-        if len(wrong):
-            _fail(file, "E_TYPE", f"tokenizer.ggml.token_type has {wrong[0]}: expected 0 to {max(TokenType)}")
-        numbers = numbers.astype("uint8")
-        types = bytes(numbers)
+        unknown = set(numbers.tolist()) - set(TokenType)
+        if unknown:
+            _fail(file, "E_TYPE", f"tokenizer.ggml.token_type has {unknown.pop()}: expected 0 to {max(TokenType)}")
+        types = bytes(numbers.astype("uint8"))
     if max(map(len, tokens)) > MAX_TOKEN_CHARS:
         longest = max(range(len(tokens)), key=lambda i: len(tokens[i]))
         _fail(file, "E_LIMIT", f"token {longest} has {len(tokens[longest]):,} characters: expected at most {MAX_TOKEN_CHARS:,}")

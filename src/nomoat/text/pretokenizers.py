@@ -69,7 +69,7 @@ PRE_TOKENIZERS: dict[str, PreTokenizerSpec] = {
 
 
 def pre_tokenizer_spec(name: str) -> PreTokenizerSpec:
-    """The row called `name`. Raises ModelError E_PRE for a name that is not in the table: guessing would cost quality silently."""
+    """The row called `name`. Raises ModelError E_PRE for any other name: a guess would cost quality and nobody would notice."""
     spec = PRE_TOKENIZERS.get(name)
     if spec is None:
         raise ModelError(

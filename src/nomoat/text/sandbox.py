@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextvars import ContextVar
 from typing import Any
 
@@ -56,9 +56,7 @@ _FILTERS = (
 class Budget:
     """What one rendering may still spend; `marks` surround what stands in `{% generation %}` blocks."""
 
-    def __init__(
-        self, *, marks: tuple[str, str] = ("", ""), steps: int = MAX_STEPS, seconds: float = MAX_SECONDS
-    ) -> None:
+    def __init__(self, *, marks: tuple[str, str] = ("", ""), steps: int = MAX_STEPS, seconds: float = MAX_SECONDS) -> None:
         self.marks = marks
         self.steps = steps
         self.seconds = seconds
@@ -98,7 +96,7 @@ def restore(token: Any) -> None:
 
 
 def check_size(value: Any) -> Any:
-    """`value`, if its characters and elements, counted through all nesting, stay under MAX_SIZE. Raises TemplateError E_BUDGET."""
+    """`value`, if its characters and elements, counted through all nesting, stay under MAX_SIZE; else TemplateError E_BUDGET."""
     if isinstance(value, str):
         if len(value) > MAX_SIZE:
             raise _over(f"makes a text of {len(value):,} characters (limit {MAX_SIZE:,})")
@@ -107,7 +105,8 @@ def check_size(value: Any) -> Any:
         raise _over("makes a number that is too large")
     if not isinstance(value, (list, tuple, dict, set)):
         return value
-    size, stack = 0, [value]
+    size = 0
+    stack: list[Any] = [value]
     while stack:
         item = stack.pop()
         if isinstance(item, str):
@@ -243,7 +242,7 @@ def _instrument(node: nodes.Node) -> None:
 
 
 def _instrumented(node: Any) -> list[Any]:
-    """What takes the place of `node`: `~` and container literals become calls that check what they make; fixed text is counted."""
+    """What takes the place of `node`: `~` and container literals become calls that check what they make; text is counted."""
     if not isinstance(node, nodes.Node):
         return [node]
     _instrument(node)
@@ -291,7 +290,7 @@ def _check_growth(text: str, name: str, args: tuple[Any, ...]) -> None:
         count = text.count(args[0])
         if len(text) + count * (len(args[1]) - len(args[0])) > MAX_SIZE:
             raise _over(f"makes a text of more than {MAX_SIZE:,} characters")
-    if name == "join" and args and isinstance(args[0], (list, tuple)):
+    if name == "join" and args and isinstance(args[0], Sized):
         check_size(args[0])
         if len(text) * len(args[0]) > MAX_SIZE:
             raise _over(f"makes a text of more than {MAX_SIZE:,} characters")
@@ -311,7 +310,7 @@ def _checked_filter(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         value = _materialized(value)
         if name == "replace" and len(options) >= 2:
             _check_growth(str(value), "replace", (str(options[0]), str(options[1])))
-        elif name == "join" and isinstance(value, (list, tuple)):
+        elif name == "join":
             _check_growth(str(options[0] if options else kwargs.get("d", "")), "join", (value,))
         elif name == "indent":
             width = options[0] if options else kwargs.get("width", 4)

@@ -30,8 +30,5 @@ def merges_from_scores(ids: dict[str, int], scores: npt.NDArray[np.generic]) -> 
     """Every way to make a token out of two others, best score of the union first."""
     order = sorted(((-float(scores[i]), i, text) for text, i in ids.items() if len(text) > 1))
     return [
-        (text[:cut], text[cut:])
-        for _, _, text in order
-        for cut in range(1, len(text))
-        if text[:cut] in ids and text[cut:] in ids
+        (text[:cut], text[cut:]) for _, _, text in order for cut in range(1, len(text)) if text[:cut] in ids and text[cut:] in ids
     ]

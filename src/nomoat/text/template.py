@@ -44,7 +44,11 @@ class ChatTemplate:
         from nomoat.text.sandbox import MAX_SOURCE, Environment
 
         if len(source) > MAX_SOURCE:
-            raise TemplateError(f"the chat template has {len(source):,} characters: expected at most {MAX_SOURCE:,}", code="E_LIMIT")
+            raise TemplateError(
+                f"the chat template has {len(source):,} characters: expected at most {MAX_SOURCE:,}", code="E_LIMIT"
+            )
+        if "\0" in source:
+            raise TemplateError("the chat template has a NUL character")
         self.source = source
         self.bos_token = bos_token
         self.eos_token = eos_token
@@ -84,7 +88,12 @@ class ChatTemplate:
         return tokenizer.encode(text, parse_special=True, add_bos=False, guard=mark)
 
     def segments(
-        self, tokenizer: Tokenizer, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None, **variables: Any
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
     ) -> list[Segment]:
         """The whole conversation, without generation prompt, cut where an answer of the model begins and ends.
 
@@ -111,7 +120,11 @@ class ChatTemplate:
         return _cut_segments(tokenizer, full, cuts, mark)
 
     def spans(
-        self, tokenizer: Tokenizer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None, **variables: Any
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
     ) -> tuple[list[int], list[bool]]:
         """(ids, mask) of the whole conversation; mask[t] is True where the model should say ids[t]. See `segments`."""
         parts = self.segments(tokenizer, messages, tools=tools, **variables)
@@ -220,7 +233,7 @@ def _cut_segments(tokenizer: Tokenizer, text: str, cuts: list[tuple[int, int, in
 
 def _check_messages(messages: Sequence[Message]) -> None:
     """Raises TemplateError E_TYPE with the path of the first field that no template could use."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str):
+    if not isinstance(messages, (list, tuple)):
         raise TemplateError(f"messages: expected a list, not {type(messages).__name__}", code="E_TYPE")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping):
@@ -256,5 +269,3 @@ def _strftime(clock: datetime) -> Callable[[str], str]:
         return clock.strftime(format)
 
     return strftime_now
-
-

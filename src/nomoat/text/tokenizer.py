@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -58,7 +58,8 @@ class Vocabulary:
 class Tokenizer:
     """Immutable after construction, so one object may serve several threads.
 
-    `bos_id` starts a text (added by `encode` if `add_bos`); `eos_ids` are all ids that end an answer: end of text, of turn, of message.
+    `bos_id` starts a text (added by `encode` if `add_bos`); `eos_ids` are all ids that end an answer: end of text, of turn,
+    of message.
     """
 
     def __init__(self, vocabulary: Vocabulary, plain: tokenizers.Tokenizer, *, prefix_once: bool = False) -> None:
@@ -113,20 +114,15 @@ class Tokenizer:
         prefix = self._vocabulary.space_prefix
         spaced = prefix != SpacePrefix.NEVER and not continues
         try:
-            for piece in self.added.split(text, control=parse_special):
+            for piece in self._cut(text, parse_special, guard):
                 if isinstance(piece, int):
                     ids.append(piece)
                     spaced = prefix == SpacePrefix.PIECES
                     continue
-                for plain in self.added.split(piece.replace(guard, ""), control=False) if guard in piece and guard else (piece,):
-                    if isinstance(plain, int):
-                        ids.append(plain)
-                        spaced = prefix == SpacePrefix.PIECES
-                        continue
-                    if spaced and not (self._prefix_once and plain.startswith((" ", SPACE))):
-                        plain = " " + plain
-                    ids.extend(self._plain.encode(plain, add_special_tokens=False).ids)
-                    spaced = False
+                if spaced and not (self._prefix_once and piece.startswith((" ", SPACE))):
+                    piece = " " + piece
+                ids.extend(self._plain.encode(piece, add_special_tokens=False).ids)
+                spaced = False
         except UnicodeEncodeError as error:
             raise InputError(
                 f"the text has a lone surrogate (U+{ord(error.object[error.start]):04X}) and cannot be written as UTF-8; "
@@ -134,6 +130,14 @@ class Tokenizer:
                 code="E_UTF8",
             ) from None
         return ids
+
+    def _cut(self, text: str, control: bool, guard: str) -> Iterator[str | int]:
+        """`text` as ids of added tokens and plain pieces. A guarded piece is searched again without its guard, for user tokens."""
+        for piece in self.added.split(text, control=control):
+            if isinstance(piece, str) and guard and guard in piece:
+                yield from self.added.split(piece.replace(guard, ""), control=False)
+            else:
+                yield piece
 
     # -- ids to text ------------------------------------------------------------------------------------------------------
 

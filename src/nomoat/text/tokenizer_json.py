@@ -29,7 +29,8 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise NotFoundError(
-            f"{printable(str(folder))} has no tokenizer.json; save it with `AutoTokenizer.from_pretrained(...).save_pretrained(...)`"
+            f"{printable(str(folder))} has no tokenizer.json;"
+            " `AutoTokenizer.from_pretrained(folder).save_pretrained(folder)` of transformers writes one"
         )
     root = _read(path)
     model = _object(path, root, "model")
@@ -47,7 +48,7 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
     tokens, types = _tokens(vocab, added, model, byte_level)
     names = _names(folder)
     ids = {**vocab, **{token.content: token.id for token in added}}
-    bos = _named_id(path, names, ids, len(tokens), "bos")
+    bos = _named_id(path, names, ids, "bos")
     ends = _end_ids(folder, path, names, ids, len(tokens))
     vocabulary = Vocabulary(
         tokens=tokens,
@@ -216,19 +217,23 @@ def _names(folder: Path) -> Json:
     return merged
 
 
-def _named_id(path: Path, names: Json, ids: dict[str, int], count: int, name: str) -> int | None:
+def _named_id(path: Path, names: Json, ids: dict[str, int], name: str) -> int | None:
     value = names.get(f"{name}_token")
     content = value.get("content") if isinstance(value, dict) else value
     if content is None:
         return None
     if not isinstance(content, str) or content not in ids:
-        _fail(path.parent / "tokenizer_config.json", "E_RANGE", f"{name}_token `{printable(str(content)[:40])}` is not in the vocabulary")
+        _fail(
+            path.parent / "tokenizer_config.json",
+            "E_RANGE",
+            f"{name}_token `{printable(str(content)[:40])}` is not in the vocabulary",
+        )
     return ids[content]
 
 
 def _end_ids(folder: Path, path: Path, names: Json, ids: dict[str, int], count: int) -> list[int]:
     """eos of tokenizer_config.json first, then those of generation_config.json and config.json."""
-    named = _named_id(path, names, ids, count, "eos")
+    named = _named_id(path, names, ids, "eos")
     ends = [] if named is None else [named]
     for name in ("generation_config.json", "config.json"):
         file = folder / name
