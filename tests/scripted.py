@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -64,9 +65,9 @@ else:
 
 @dataclass
 class ScriptedModel(_Stand):
-    """`answer(prompt text) -> answer text`. `logprob(previous token, token)` is what `logprobs` returns for each target."""
+    """`answer(prompt text)` gives the answer's text, whole or in pieces; `logprob(previous token, token)` what `logprobs` returns."""
 
-    answer: Callable[[str], str] = lambda prompt: ""
+    answer: Callable[[str], Iterable[str]] = lambda prompt: ""
     logprob: Callable[[int, int], float] = lambda previous, token: -1.0
     context: int = 4096
     tokenizer: ByteTokenizer = field(default_factory=ByteTokenizer)
@@ -106,7 +107,7 @@ class Completion:
 
 class Session:
     def __init__(self, model: ScriptedModel, *, stack: Any = None) -> None:
-        self.model = model
+        self.sequence = types.SimpleNamespace(tokens=[])
 
 
 def generate(
@@ -120,18 +121,29 @@ def generate(
 ) -> list[Completion]:
     done = []
     for prompt in prompts:
-        text = "".join(stream(model, prompt, sampling))
-        reason = "length" if len(text.encode()) >= sampling.max_tokens else "stop"
-        done.append(Completion(model.tokenizer.encode(text, add_bos=False), text, reason, len(prompt)))
+        pieces = stream(model, prompt, sampling)
+        try:
+            while True:
+                next(pieces)
+        except StopIteration as end:
+            done.append(end.value)
         if progress:
             progress(len(done), len(prompts))
     return done
 
 
 def stream(
-    model: ScriptedModel, prompt: Sequence[int], sampling: Sampling, *, stack: Any = None, session: Any = None
-) -> Iterator[str]:
-    """The scripted answer, a character at a time; `sampling.max_tokens` counts characters."""
+    model: ScriptedModel, prompt: Sequence[int], sampling: Sampling, *, stack: Any = None, session: Session | None = None
+) -> Generator[str, None, Completion]:
+    """The scripted answer, a byte-token at a time where the script is ASCII."""
     asked = model.tokenizer.decode(prompt)
     model.prompts.append(asked)
-    yield from model.answer(asked)[: sampling.max_tokens]
+    text = ""
+    for piece in itertools.islice(model.answer(asked), sampling.max_tokens):
+        text += piece
+        if session is not None:
+            session.sequence.tokens = [*prompt, *model.tokenizer.encode(text, add_bos=False)[:-1]]
+        yield piece
+    return Completion(
+        model.tokenizer.encode(text, add_bos=False), text, "length" if len(text) >= sampling.max_tokens else "stop", len(prompt)
+    )

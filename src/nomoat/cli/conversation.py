@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Timing:
-    """One answer in numbers. Seconds count from the question; `tokens` are new ones, the ending token left out."""
+    """One answer in numbers. Seconds count from the question; `tokens` are new ones, the one that ends the answer included."""
 
     prompt_tokens: int = 0
     tokens: int = 0
@@ -93,18 +93,19 @@ class Conversation:
 
         room = self.model.spec.context - len(prompt)
         sampling = replace(self.sampling, max_tokens=min(self.sampling.max_tokens, room))
-        self.timing = timing = Timing(prompt_tokens=len(prompt))
-        began, pieces = time.perf_counter(), []
-        pieces_of_text = stream(self.model, prompt, sampling, stack=self.stack, session=self._session)
-        timing.finish_reason = "stopped"
+        self.timing = timing = Timing(prompt_tokens=len(prompt), finish_reason="stopped")
+        began, said = time.perf_counter(), []
+        pieces = stream(self.model, prompt, sampling, stack=self.stack, session=self._session)
         try:
-            for piece in pieces_of_text:
-                now = time.perf_counter() - began
-                timing.first_token_seconds = timing.first_token_seconds or now
-                timing.seconds = now
-                timing.tokens += 1
-                pieces.append(piece)
+            while True:
+                piece = next(pieces)
+                timing.first_token_seconds = timing.first_token_seconds or time.perf_counter() - began
+                said.append(piece)
                 yield piece
-            timing.finish_reason = "length" if timing.tokens >= sampling.max_tokens else "stop"
+        except StopIteration as end:
+            timing.tokens, timing.finish_reason = len(end.value.tokens), end.value.finish_reason
         finally:
-            self.messages.append({"role": "assistant", "content": "".join(pieces)})
+            timing.seconds = time.perf_counter() - began
+            if timing.finish_reason == "stopped":  # the cache holds every token but the last
+                timing.tokens = len(self._session.sequence.tokens) - len(prompt) + 1
+            self.messages.append({"role": "assistant", "content": "".join(said)})
