@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from nomoat.errors import InputError, ResourceError
-from nomoat.files import atomic
 from nomoat.files.atomic import atomic_folder, atomic_write, sweep
 
 SOURCE = str(Path(__file__).resolve().parent.parent / "src")
@@ -145,6 +144,19 @@ def test_folder_replaces_folder(tmp_path: Path) -> None:
         assert [p.name for p in tmp_path.iterdir()] == ["d"]
 
 
+def test_folder_takes_no_file_and_keeps_links(tmp_path: Path) -> None:
+    (tmp_path / "f").write_text("mine")
+    with pytest.raises(InputError) as caught, atomic_folder(tmp_path / "f"):
+        pass
+    assert caught.value.code == "E_PATH"
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with atomic_folder(tmp_path / "link") as folder:
+        (folder / "x").write_text("new")
+    assert (tmp_path / "real" / "x").read_text() == "new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["f", "link", "real"]
+
+
 def test_folder_is_never_missing_while_it_is_replaced(tmp_path: Path) -> None:
     """A reader in a loop beside a writer in a loop sees a complete folder every time."""
     if sys.platform not in ("linux", "darwin"):
@@ -179,8 +191,8 @@ def test_fallback_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     class Nothing:
         pass
 
-    monkeypatch.setattr(atomic.ctypes, "CDLL", lambda *_, **__: Nothing())
-    monkeypatch.setattr(atomic.sys, "platform", "other")
+    monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: Nothing())
+    monkeypatch.setattr("sys.platform", "other")
     for text in ("one", "two"):
         with atomic_folder(tmp_path / "d") as folder:
             (folder / "f").write_text(text)

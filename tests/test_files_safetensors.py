@@ -15,7 +15,7 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hostile.safetensors_cases import DATA, GOOD, file
+from hostile.safetensors_cases import DATA, GOOD, file, read_by_the_library
 from nomoat.errors import NomoatError
 from nomoat.files.safetensors import open_safetensors, write_safetensors
 
@@ -27,7 +27,7 @@ def arrays(seed: int = 0) -> Arrays:
     rng = np.random.default_rng(seed)
     shapes = {"b.weight": (3, 5), "a.weight": (2, 2, 2), "scalar": (), "empty": (0, 4), "é": (7,)}
     out: Arrays = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-    out["half"] = rng.standard_normal(9).astype(np.float16)  # type: ignore[assignment]
+    out["half"] = rng.standard_normal(9).astype(np.float16)
     return out
 
 
@@ -107,7 +107,7 @@ def test_other_types_are_not_written(tmp_path: Path) -> None:
 HEADER = 8 + len(json.dumps(GOOD))
 
 
-@settings(QUIET, max_examples=400)
+@settings(QUIET, max_examples=200)
 @given(
     st.lists(st.tuples(st.integers(0, HEADER + 20), st.sampled_from(["set", "cut", "insert"]), st.binary(min_size=1, max_size=4)))
 )
@@ -124,4 +124,4 @@ def test_mutated_files_get_the_verdict_of_the_library_or_a_stricter_one(
             found = {name: opened.raw(name).tobytes() for name in opened.tensors}
     except NomoatError:
         return
-    assert found == {name: bytes(tensor["data"]) for name, tensor in safetensors.deserialize(bytes(data))}
+    assert found == read_by_the_library(bytes(data))

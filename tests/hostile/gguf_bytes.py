@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
 _FORMATS = {U8: "B", I8: "b", U16: "H", I16: "h", U32: "I", I32: "i", F32: "f", BOOL: "B", U64: "Q", I64: "q", F64: "d"}
 
 Number = int | float
-Value = Number | str | bytes | list[Number] | list[str] | list[bytes]
+Value = Number | str | bytes | Sequence[Number] | Sequence[str] | Sequence[bytes]
 
 
 def string(text: str | bytes, length: int | None = None) -> bytes:

@@ -20,6 +20,7 @@ from hostile.gguf_bytes import (
     U64,
     Gguf,
     Tensor,
+    Value,
     key,
     model,
 )
@@ -56,12 +57,13 @@ def _missing_and_mistyped() -> Iterator[Case]:
         yield case("G21", f"no-{name}", good.without(name).build(), *codes)
         if name in NOT_READ or name == "general.alignment":
             continue
-        for kind, value in ((U32, 3), (STRING, "3"), (F32, 3.0), (BOOL, 1), (ARRAY, [3, 4])):
+        values: dict[int, Value] = {U32: 3, STRING: "3", F32: 3.0, BOOL: 1, ARRAY: [3, 4]}
+        for kind, value in values.items():
             if not _same_kind(name, kind):
                 yield case("G24", f"{name}-as-{kind}", good.with_key(name, kind, value).build(), "E_TYPE")
     for name in ("tokens", "scores", "token_type"):
-        strings = name != "tokens"
-        array = key(TOKENIZER + name, ARRAY, ["x"] * 16 if strings else [1] * 16, element=STRING if strings else U32)
+        wrong = key(TOKENIZER + name, ARRAY, ["x"] * 16, element=STRING)
+        array = key(TOKENIZER + name, ARRAY, [1] * 16, element=U32) if name == "tokens" else wrong
         yield case("G24", f"{name}-of-the-wrong-elements", good.with_raw(TOKENIZER + name, array).build(), "E_TYPE")
     yield case("G21", "unknown-architecture", good.with_key("general.architecture", STRING, "lama\x1b[31m").build(), "E_ARCH")
     yield case("G21", "adapter", good.with_key("general.type", STRING, "adapter").build(), "E_ARCH")

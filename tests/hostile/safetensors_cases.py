@@ -7,6 +7,8 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
+import safetensors
+
 from hostile.case import Case, case
 
 #: Files that the reference accepts and nomoat refuses, with the reason. test_safetensors.py fails for any other difference.
@@ -43,6 +45,12 @@ def file(header: dict[str, Any] | str | bytes, data: bytes = b"\0" * 16, length:
 
 GOOD = {"__metadata__": {"format": "pt"}, "a": entry(), "b": entry("F16", (3,), 16, 22), "c": entry("BF16", (1,), 22, 24)}
 DATA = bytes(range(24))
+
+
+def read_by_the_library(data: bytes) -> dict[str, bytes]:
+    """Names and bytes as the reference reads them. Raises SafetensorError."""
+    found: list[tuple[str, dict[str, Any]]] = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
+    return {name: bytes(tensor["data"]) for name, tensor in found}
 
 
 def cases() -> Iterator[Case]:
@@ -91,12 +99,12 @@ def _json() -> Iterator[Case]:
         yield case("S04", f"lone-{name}-surrogate", file(f'{{"{surrogate}":{json.dumps(entry())}}}'), "E_JSON")
         yield case("S04", f"lone-{name}-in-metadata", file(f'{{"__metadata__":{{"k":"{surrogate}"}}}}', b""), "E_JSON")
     yield case("S04", "control-character", file('{"a\n":' + json.dumps(entry()) + "}"), "E_JSON")
-    for name, start in {
+    for name, magic in {
         "torch-zip": b"PK\3\4\x14\0\0\0",
         "pickle": b"\x80\x02}q\0X\1\0",
         "pickle4": b"\x80\x04\x95\x1c\0\0\0\1",
     }.items():
-        yield case("S18", name, start + b"\0" * 200, "E_JSON")
+        yield case("S18", name, magic + b"\0" * 200, "E_JSON")
     yield case("S18", "zip-as-header", file(b"PK\3\4" + b"\0" * 100, b""), "E_JSON")
     yield case("S18", "gguf", b"GGUF\3\0\0\0" + b"\0" * 200, "E_JSON")
 
@@ -124,8 +132,9 @@ def _duplicates() -> Iterator[Case]:
 
 def _fields() -> Iterator[Case]:
     good = entry()
+    wrong: dict[str, Any] = {"null": None, "object": {}, "bool": True}
     for name in good:
-        for what, value in {"null": None, "object": {}, "bool": True}.items():
+        for what, value in wrong.items():
             yield case("S07", f"{name}-{what}", file({"a": good | {name: value}}), "E_JSON")
         yield case("S07", f"no-{name}", file({"a": {k: v for k, v in good.items() if k != name}}), "E_JSON")
     yield case("S07", "unknown-field", file({"a": good | {"x": 1}}), "E_JSON")
@@ -190,9 +199,11 @@ def _offsets() -> Iterator[Case]:
 
 
 def _texts() -> Iterator[Case]:
-    for name, value in {"number": 1, "null": None, "list": ["x"], "object": {}}.items():
+    values: dict[str, Any] = {"number": 1, "null": None, "list": ["x"], "object": {}}
+    for name, value in values.items():
         yield case("S15", f"value-{name}", file({"__metadata__": {"k": value}, "a": entry()}), "E_JSON")
-    for name, value in {"list": [], "string": "x", "number": 1}.items():
+    for name in ("list", "string", "number"):
+        value = {"list": [], "string": "x", "number": 1}[name]
         yield case("S15", f"metadata-{name}", file({"__metadata__": value, "a": entry()}), "E_JSON")
     yield case("S15", "metadata-null-is-none", file({"__metadata__": None, "a": entry()}))
     yield case("S15", "9-MB-metadata", file({"__metadata__": {"k": "x" * (9 << 20)}, "a": entry()}), "E_LIMIT")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hostile import model_cases
-from hostile.case import check
+from hostile.case import Case, check
 from hostile.gguf_bytes import ARRAY, STRING, key, model
 from nomoat.errors import InputError
 from nomoat.files.gguf import open_gguf
@@ -47,7 +47,7 @@ def test_rows_are_complete() -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_case(case: model_cases.Case, tmp_path: Path) -> None:
+def test_case(case: Case, tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(case.data)
     check(path, case.codes, describe)
@@ -70,11 +70,11 @@ def test_million_merges_load_in_linear_time(tmp_path: Path) -> None:
         path.write_bytes(model_cases._byte_level(["a b"]).with_raw("tokenizer.ggml.merges", merges).build())
         best = 1e9
         for _ in range(3):
-            began = time.perf_counter()
+            began = time.process_time()
             try:
                 describe(path)
             except InputError:
                 pass
-            best = min(best, time.perf_counter() - began)
+            best = min(best, time.process_time() - began)
         seconds.append(best)
     assert seconds[1] < 3 * seconds[0] + 0.05

@@ -10,7 +10,7 @@ import safetensors
 
 from hostile import safetensors_cases
 from hostile.case import check
-from hostile.safetensors_cases import DATA, GOOD, STRICTER, entry, file
+from hostile.safetensors_cases import DATA, GOOD, STRICTER, entry, file, read_by_the_library
 from nomoat.errors import FileFormatError, InputError, NotFoundError
 from nomoat.files.safetensors import open_safetensors
 
@@ -49,7 +49,7 @@ def test_same_verdict_as_the_reference() -> None:
     stricter = set()
     for case in CASES:
         try:
-            safetensors.deserialize(case.data)
+            read_by_the_library(case.data)
         except safetensors.SafetensorError:
             assert case.codes, f"{case.id}: the reference refuses it"
         else:
@@ -73,8 +73,7 @@ def test_every_bit_of_the_header_flipped(tmp_path: Path) -> None:
         except InputError:
             pass
         else:
-            reference = safetensors.deserialize(bytes(data))
-            assert found == {name: bytes(tensor["data"]) for name, tensor in reference}
+            assert found == read_by_the_library(bytes(data))
             accepted += 1
         data[bit // 8] ^= 1 << bit % 8
     assert 0 < accepted < 2 * len(header)
@@ -185,13 +184,17 @@ def test_hostile_index_text(text: str, code: str, tmp_path: Path) -> None:
 
 
 def test_what_is_read_is_what_was_opened(tmp_path: Path) -> None:
-    """S22: a file replaced after it was opened changes nothing; an array is memory of its own."""
+    """S22: a file replaced after it was opened changes nothing, and an array is a copy: what happens to the file is past it."""
     path = tmp_path / "m.safetensors"
-    path.write_bytes(file({"a": entry()}, b"\0\0\x80\x3f" * 4))
-    with open_safetensors(path) as opened:
+    ones = file({"a": entry()}, b"\0\0\x80\x3f" * 4)
+    path.write_bytes(ones)
+    with open_safetensors(path) as opened, path.open("r+b") as same:
         other = tmp_path / "other"
         other.write_bytes(file({"a": entry()}, b"\0" * 16))
         other.replace(path)
         array = opened.array("a")
-    assert array.flags.owndata or array.base.flags.owndata
+        same.seek(len(ones) - 16)
+        same.write(b"\0" * 16)
+        same.flush()
+        assert opened.array("a").tolist() == [[0, 0], [0, 0]]
     assert array.tolist() == [[1, 1], [1, 1]]

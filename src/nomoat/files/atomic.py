@@ -52,8 +52,13 @@ def atomic_write(path: Path | str) -> Iterator[IO[bytes]]:
 
 @contextmanager
 def atomic_folder(path: Path | str) -> Iterator[Path]:
-    """An empty folder to fill, which takes the place of `path` (a folder or nothing) when the block ends."""
-    path = Path(path)
+    """An empty folder to fill, which takes the place of `path` (a folder or nothing) when the block ends.
+
+    Raises as `atomic_write`, and InputError E_PATH where a file has that name.
+    """
+    path = Path(os.path.realpath(path))  # a link to a folder stays, and the folder is replaced
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{printable(str(path))}: is a file, expected a folder or nothing", code="E_PATH")
     temporary = _temporary(path)
     try:
         temporary.mkdir()

@@ -40,7 +40,7 @@ __all__ = [
     "open_gguf",
 ]
 
-MAX_KEYS = 16_384  # real files hold under 100
+MAX_KEYS = 4_096  # real files hold under 100
 MAX_TENSORS = 32_768  # the largest real mixture of experts with one tensor per expert holds about 1,400
 MAX_KEY_BYTES = 65_535  # the specification's limit
 MAX_NAME_BYTES = 63  # ggml keeps names in 64 bytes with a final NUL

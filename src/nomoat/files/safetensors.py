@@ -3,7 +3,7 @@
     {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, ..., "__metadata__": {"key": "text"}}
 
 Sharded models have a JSON index that says which file holds which tensor. Source: the format description in the README of
-huggingface/safetensors. The header is parsed here, stricter than the reference (docs/reference/formats.md lists every difference).
+huggingface/safetensors. The header is parsed here, stricter than the reference; docs/reference/formats.md lists the differences.
 """
 
 from __future__ import annotations
