@@ -19,7 +19,6 @@ from nomoat.adapters.package import (
     WEIGHTS,
     check_base,
     file_digest,
-    identity,
     load_adapter,
     save_adapter,
 )
@@ -27,10 +26,10 @@ from nomoat.engine.stack import Stack
 from nomoat.errors import AdapterError, InputError, NotFoundError
 from nomoat.files.safetensors import open_safetensors, write_safetensors
 from nomoat.models.spec import TARGETS
-from toy import random_adapter, toy_spec
+from toy import fingerprint, random_adapter, toy_spec
 
 SPEC = toy_spec()
-BASE = identity(SPEC, vocabulary="v" * 64, file="f" * 64)
+BASE = fingerprint(SPEC)
 STEM = "base_model.model.model.layers."
 
 
@@ -293,7 +292,7 @@ def test_broken_manifests(tmp_path: Path, text: str) -> None:
 
 def test_another_base_is_refused_and_named(tmp_path: Path) -> None:
     path = saved(tmp_path)
-    other = identity(replace(SPEC, name="other"), vocabulary="w" * 64, file="g" * 64)
+    other = fingerprint(SPEC) | {"name": "other", "vocabulary": "w" * 64}
     with pytest.raises(AdapterError, match="made for toy, the model here is other: vocabulary") as caught:
         load_adapter(path, SPEC, base=other)
     assert caught.value.code == "E_ARCH"
@@ -301,7 +300,7 @@ def test_another_base_is_refused_and_named(tmp_path: Path) -> None:
 
 def test_another_quantization_is_allowed_with_a_note() -> None:
     assert check_base({"base": BASE}, BASE) is None
-    note = check_base({"base": BASE}, BASE | {"file": "e" * 64})
+    note = check_base({"base": BASE}, BASE | {"digest": "e" * 64})
     assert note is not None
     assert "quantization" in note
     assert check_base({}, BASE) is None

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from nomoat.adapters import store
-from nomoat.adapters.package import identity, save_adapter
+from nomoat.adapters.package import save_adapter
 from nomoat.adapters.stack import open_stack, parse_model_name
 from nomoat.errors import AdapterError, InputError, NotFoundError
-from toy import random_adapter, toy_spec
+from toy import fingerprint, random_adapter, toy_spec
 
 SPEC = toy_spec()
 
@@ -105,7 +105,7 @@ def test_paths_that_exist_may_hold_the_signs(tmp_path: Path) -> None:
 
 
 def test_open_stack_checks_the_base() -> None:
-    base = identity(SPEC, vocabulary="v", file="f")
+    base = fingerprint(SPEC)
     for seed, name in enumerate(("tickets", "polite")):
         save_adapter(store.folder(name), random_adapter(SPEC, seed), SPEC, {"base": base})
     assert open_stack("m", SPEC) is None

@@ -76,12 +76,13 @@ def test_the_same_run_twice_gives_the_same_bits_and_another_seed_does_not() -> N
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_a_step_with_nan_changes_nothing() -> None:
+@pytest.mark.parametrize("how", ["poisoned", "refused"])
+def test_a_step_with_nan_changes_nothing(how: str) -> None:
     model = ToyModel()
     events: list[dict[str, Any]] = []
     trainer = toy_trainer(model, report=events.append, steps=5, validation=())
     first_pack_of_step_3 = sum(len(packs) for packs in trainer.batches(0)[:2]) + 1
-    model.poisoned = frozenset({first_pack_of_step_3})
+    setattr(model, how, frozenset({first_pack_of_step_3}))
     states = []
     trainer.report = lambda event: (events.append(event), states.append({n: a.copy() for n, a in trainer.arrays().items()}))
     assert trainer.run()

@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from nomoat.adapters.package import save_adapter
 from nomoat.data.pack import Pack, batches, pack
 from nomoat.engine.stack import Adapter, Float32, Stack
+from nomoat.errors import NonFiniteError
 from nomoat.models.spec import TARGETS, ModelSpec, RopeSpec
 from nomoat.train.checkpoint import Checkpoints
 from nomoat.train.loop import Trainer
 from nomoat.train.plan import TrainOptions
-
-try:
-    import nomoat._native  # noqa: F401
-except ImportError:
-    import types
-
-    def _adamw(p, g, m, v, lr, b1, b2, eps, wd, step, scale):
-        g = g * np.float32(scale)
-        m += np.float32(1 - b1) * (g - m)
-        v += np.float32(1 - b2) * (g * g - v)
-        p -= np.float32(lr * wd) * p
-        p -= np.float32(lr / (1 - b1**step)) * m / (np.sqrt(v / np.float32(1 - b2**step)) + np.float32(eps))
-
-    stand_in = types.ModuleType("nomoat._native")
-    stand_in.adamw, stand_in.sum_squares = _adamw, lambda a: float(np.sum(a.astype(float) ** 2))
-    sys.modules["nomoat._native"] = stand_in
 
 
 def toy_spec(layers: int = 2) -> ModelSpec:
@@ -49,6 +34,18 @@ def toy_spec(layers: int = 2) -> ModelSpec:
         rope=RopeSpec(dim=4, interleaved=True, inv_freq=np.ones(2, np.float32)),
         tied_head=True,
     )
+
+
+def fingerprint(spec: ModelSpec) -> dict[str, Any]:
+    """As `Model.fingerprint`."""
+    dimensions = {key: getattr(spec, key) for key in ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab")}
+    return {
+        "architecture": spec.architecture,
+        "name": spec.name,
+        "dimensions": dimensions,
+        "vocabulary": "v" * 64,
+        "digest": "d" * 64,
+    }
 
 
 def random_adapter(
@@ -95,6 +92,7 @@ class ToyModel:
         self.head = rng.standard_normal((self.spec.vocab, self.spec.width))
         self.calls = 0
         self.poisoned: frozenset[int] = frozenset()  # calls of loss_gradients that give NaN
+        self.refused: frozenset[int] = frozenset()  # calls that raise
 
     def logprobs(self, pack: Pack, *, stack: Stack | None = None, precision: str = "int8") -> Float32:
         rows = np.flatnonzero(pack.weights)
@@ -105,7 +103,7 @@ class ToyModel:
             y += ((x @ a.T.astype(float)) * scale) @ bt.astype(float)
         return self._logp(y)[np.arange(len(rows)), pack.targets[rows]].astype(np.float32)
 
-    def loss_gradients(self, pack: Pack, lora: ToyLora, d_logp: Float32, *, precision: str = "bf16") -> Float32:
+    def loss_gradients(self, pack: Pack, lora: ToyLora, d_logp: Float32, *, precision: str = "bf16", budget: int = 0) -> Float32:
         self.calls += 1
         rows = np.flatnonzero(pack.weights)
         targets = pack.targets[rows]
@@ -120,6 +118,8 @@ class ToyModel:
         lora.gradients[1] += (scale * dy.T @ (x @ a.T)).astype(np.float32)
         if self.calls in self.poisoned:
             lora.gradients[0][0, 0] = np.nan
+        if self.calls in self.refused:
+            raise NonFiniteError("a log-probability is NaN")
         return logp[np.arange(len(rows)), targets].astype(np.float32)
 
     def _logp(self, y: np.ndarray) -> np.ndarray:

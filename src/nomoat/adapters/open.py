@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nomoat.adapters.package import base_identity
 from nomoat.adapters.stack import open_stack, parse_model_name
 from nomoat.adapters.store import resolve as resolve_adapter
 from nomoat.hub.names import resolve
@@ -31,4 +30,4 @@ def open_model(name: str, *, download: bool = False, threads: int | None = None)
 def stack_for(model: Model, name: str) -> Stack | None:
     """The adapters of `name` for a model that is loaded already."""
     _, adapters = parse_model_name(name)
-    return open_stack(name, model.spec, base=base_identity(model)) if adapters else None
+    return open_stack(name, model.spec, base=model.fingerprint) if adapters else None

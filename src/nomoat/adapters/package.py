@@ -16,7 +16,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nomoat.adapters.convert.peft import MAX_RANK, from_peft, parse_config, peft_modules, place_of, to_peft
 from nomoat.engine.stack import Adapter
@@ -25,11 +25,9 @@ from nomoat.files.atomic import atomic_folder, sweep
 from nomoat.files.safetensors import open_safetensors, write_safetensors
 from nomoat.models.spec import TARGETS, ModelSpec
 
-if TYPE_CHECKING:
-    from nomoat.engine.model import Model
-
 #: nomoat.json. Keys: format, base, rank, alpha, targets, chat_template, stop_ids, recipe, data, engine, evaluation, licences,
-#: parents, files. `base` is what `identity` returns; `evaluation` is {"metric", "before", "after"} with [score, low, high].
+#: parents, files. `base` is a `Model.fingerprint` and `model`, the catalogue name. `evaluation` is
+#: {"metric", "rows", "before", "after"}, scores as [score, low, high].
 Manifest = dict[str, Any]
 
 FORMAT = 1
@@ -50,14 +48,8 @@ MANIFEST_TYPES: dict[str, type[dict[str, Any]] | type[list[Any]]] = {
 }
 
 
-def identity(spec: ModelSpec, *, vocabulary: str, file: str) -> dict[str, Any]:
-    """Who a base model is: architecture and dimensions, vocabulary hash, and sha256 of the exact file."""
-    dimensions = {key: getattr(spec, key) for key in ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab")}
-    return {"name": spec.name, "architecture": spec.architecture, **dimensions, "vocabulary": vocabulary, "file": file}
-
-
 def check_base(manifest: Manifest, base: Mapping[str, Any]) -> str | None:
-    """Compares the manifest's base with the model at hand (both from `identity`).
+    """Compares the manifest's base with the model at hand (`Model.fingerprint`).
 
     Returns a note where it is another quantization of the same model, None where the file is the same or the manifest names
     no base. Raises AdapterError E_ARCH, naming both, for another model.
@@ -67,23 +59,23 @@ def check_base(manifest: Manifest, base: Mapping[str, Any]) -> str | None:
         return None
     differences = [
         f"{key} {_short(made_for[key])} there, {_short(base[key])} here"
-        for key in sorted(base)
-        if key not in ("name", "file") and key in made_for and made_for[key] != base[key]
+        for key in ("architecture", "dimensions", "vocabulary")
+        if key in made_for and made_for[key] != base[key]
     ]
-    theirs, ours = _short(made_for.get("name")), _short(base.get("name"))
+    theirs, ours = _short(made_for.get("name")), _short(base["name"])
     if differences:
         raise AdapterError(
             f"this adapter was made for {theirs}, the model here is {ours}: {'; '.join(differences)}. "
             "Use the base model that it was made for",
             code="E_ARCH",
         )
-    if made_for.get("file") == base.get("file"):
+    if made_for.get("digest") == base["digest"]:
         return None
     return f"the adapter was trained on another file of {theirs} (for example another quantization); scores may differ a little"
 
 
 def load_adapter(path: Path | str, spec: ModelSpec, *, base: Mapping[str, Any] | None = None) -> tuple[Adapter, Manifest]:
-    """Reads a package. `base` (from `identity`) is compared with the manifest where there is one.
+    """Reads a package. `base` (`Model.fingerprint`) is compared with the manifest where there is one.
 
     Raises NotFoundError, FileFormatError, or AdapterError: E_TYPE, E_LIMIT, E_SHAPE, E_ARCH, E_JSON, E_HASH, E_NONFINITE.
     """
@@ -254,8 +246,3 @@ def _json(value: Mapping[str, Any]) -> str:
 def _short(value: object) -> str:
     text = printable(str(value))
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def base_identity(model: Model) -> dict[str, Any]:
-    """`identity` of a loaded model."""
-    return identity(model.spec, vocabulary=model.tokenizer.vocab_hash(), file=str(model.fingerprint.get("sha256", "")))

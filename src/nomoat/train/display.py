@@ -46,6 +46,9 @@ class Lines:
         kind = event["event"]
         if kind == "validation":
             self.validation = event["loss"]
+        if kind == "scoring" and self.wanted_live:
+            self._show(f"{event['when']}: {event['done']}/{event['total']} rows")
+            return
         if kind in ("step", "validation"):
             self._progress(event)
             return

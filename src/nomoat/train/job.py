@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from nomoat import __version__, settings
 from nomoat.adapters import store
-from nomoat.adapters.package import Manifest, base_identity, save_adapter
+from nomoat.adapters.package import Manifest, save_adapter
 from nomoat.adapters.stack import parse_model_name
 from nomoat.data.pack import Pack, batches
 from nomoat.engine.stack import Stack
@@ -104,7 +104,7 @@ class Job:
         from nomoat._native import level
 
         return {
-            "base": base_identity(self.model),
+            "base": self.model.fingerprint,
             "on": None if self.stack is None else self.stack.key,
             "data": self.prepared.digest(),
             "options": self.options.identity(),
@@ -198,6 +198,7 @@ class Job:
             validation=validation,
             base=self.stack,
             checkpoints=self.checkpoints,
+            budget=self.plan.activation_bytes,
             report=self.report,
             interrupted=interruption,
         )
@@ -228,6 +229,7 @@ class Job:
                 batches=epoch,
                 validation=validation,
                 base=self.stack,
+                budget=self.plan.activation_bytes,
                 report=self.report,
                 interrupted=interruption,
             )
@@ -258,7 +260,7 @@ class Job:
         scores = {key: [r.score, r.low, r.high] for key in ("before", "after") if (r := getattr(result, key)) is not None}
         template = self.model.template
         return {
-            "base": base_identity(self.model) | named,
+            "base": self.model.fingerprint | named,
             "chat_template": None if template is None else template.source,
             "stop_ids": sorted(self.model.tokenizer.eos_ids),
             "recipe": self.options.identity() | {"objective": "sft", "learning_rate": result.learning_rate},

@@ -19,7 +19,7 @@ from nomoat.errors import NonFiniteError, ResourceError
 from nomoat.models.spec import ModelSpec
 from nomoat.train.objectives import sft
 from nomoat.train.optimizer import AdamW
-from nomoat.train.plan import TrainOptions
+from nomoat.train.plan import ACTIVATION_BUDGET, TrainOptions
 from nomoat.train.schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class TrainableModel(Protocol):
 
     spec: ModelSpec
 
-    def loss_gradients(self, pack: Pack, lora: Any, d_logp: Float32, *, precision: str = ...) -> Float32: ...
+    def loss_gradients(self, pack: Pack, lora: Any, d_logp: Float32, *, precision: str = ..., budget: int = ...) -> Float32: ...
 
     def logprobs(self, pack: Pack, *, stack: Stack | None = ..., precision: str = ...) -> Float32: ...
 
@@ -86,11 +86,12 @@ class Trainer:
         validation: Sequence[Pack] = (),
         base: Stack | None = None,
         checkpoints: Checkpoints | None = None,
+        budget: int = ACTIVATION_BUDGET,
         report: Report | None = None,
         interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
         self.model, self.lora, self.options, self.base = model, lora, options, base
-        self.peak_rate, self.steps = peak_rate, steps
+        self.peak_rate, self.steps, self.budget = peak_rate, steps, budget
         self.batches, self.validation = batches, validation
         self.checkpoints, self.report, self.interrupted = checkpoints, report or (lambda event: None), interrupted
         self.optimizer = AdamW(
@@ -126,8 +127,11 @@ class Trainer:
         rate = learning_rate(
             progress.step, self.steps, peak=self.peak_rate, warmup=self.options.warmup, kind=self.options.schedule
         )
-        loss = self.gradients(packs)
-        norm = self.optimizer.norm(self.lora.gradients)
+        try:
+            loss = self.gradients(packs)
+            norm = self.optimizer.norm(self.lora.gradients)
+        except NonFiniteError:  # the model found a log-probability that is not a number
+            loss = norm = math.nan
         applied = self._apply(loss, norm, rate)
         progress.step += 1
         self.tokens += sum(pack.rows for pack in packs)
@@ -164,7 +168,7 @@ class Trainer:
             weights = pack.weights[pack.weights != 0]
             if len(weights):
                 d_logp = sft.d_logp(weights, total)
-                logp = self.model.loss_gradients(pack, self.lora, d_logp, precision=self.options.precision)
+                logp = self.model.loss_gradients(pack, self.lora, d_logp, precision=self.options.precision, budget=self.budget)
                 loss += sft.loss(logp, weights, total)
         return loss
 

@@ -15,6 +15,8 @@ from nomoat.models.spec import TARGETS, ModelSpec
 DEFAULT_LEARNING_RATES = ((300e6, 1e-3), (1.5e9, 5e-4), (4e9, 3e-4), (math.inf, 2e-4))
 
 MAX_STEPS = 10_000_000
+#: Activations kept for backward, at most; beyond it, computing them again is cheaper than the memory.
+ACTIVATION_BUDGET = 384 << 20
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def default_learning_rate(spec: ModelSpec) -> float:
 class Plan:
     """Numbers of the run. `tokens` and `loss_tokens` are those of one epoch; bytes and seconds are estimates.
 
-    `recompute`: some layers' activations are computed twice, because keeping them all does not fit into memory.
+    `activation_bytes` may be kept for backward; `recompute`: what is beyond them is computed twice, with the same bits.
     """
 
     rows: int
@@ -133,6 +135,7 @@ class Plan:
     longest: int
     trainable: int
     memory_bytes: int
+    activation_bytes: int
     recompute: bool
     disk_bytes: int
     seconds: float
@@ -174,11 +177,11 @@ def make_plan(
         raise InputError(f"{steps:,} steps are more than {MAX_STEPS:,}; use fewer epochs or larger batches", code="E_LIMIT")
     trainable = fit.adapter_parameters(spec, options.rank, options.targets)
     pack_rows = max(options.max_tokens, longest)
-    best = 4 * trainable  # the best parameters so far
-    memory = best + fit.train_bytes(spec, file_bytes, pack_rows, trainable)
-    recompute = memory > machine.available * fit.MARGIN
-    if recompute:
-        memory = best + fit.train_bytes(spec, file_bytes, pack_rows, trainable, recompute=True)
+    # beside what `fit` counts: the best parameters so far
+    least = 4 * trainable + fit.train_bytes(spec, file_bytes, pack_rows, trainable, recompute=True)
+    wanted = 4 * trainable + fit.train_bytes(spec, file_bytes, pack_rows, trainable) - least
+    budget = max(0, min(ACTIVATION_BUDGET, int(machine.available * fit.MARGIN) - least))
+    recompute = wanted > budget
     share = loss_tokens / max(1, tokens)
     flops = fit.train_flops_per_token(spec, trainable, length=max(1, tokens // rows), loss_share=share)
     speed = fit.TRAIN_EFFICIENCY * machine.bf16_flops / flops / (fit.RECOMPUTE_COST if recompute else 1)
@@ -191,7 +194,8 @@ def make_plan(
         loss_tokens=loss_tokens,
         longest=longest,
         trainable=trainable,
-        memory_bytes=memory,
+        memory_bytes=least + min(wanted, budget),
+        activation_bytes=budget,
         recompute=recompute,
         # two checkpoints and the one being written, each parameters, two moments and the best so far; the adapter itself
         disk_bytes=(3 * 4 + 1) * 4 * trainable,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from nomoat.engine.stack import Stack
 from nomoat.errors import NonFiniteError
 from nomoat.train.loop import Batches, Lora, Report, TrainableModel, Trainer, validation_loss
-from nomoat.train.plan import TrainOptions
+from nomoat.train.plan import ACTIVATION_BUDGET, TrainOptions
 
 if TYPE_CHECKING:
     from nomoat.data.pack import Pack
@@ -42,6 +42,7 @@ def probe(
     batches: Batches,
     validation: Sequence[Pack],
     base: Stack | None = None,
+    budget: int = ACTIVATION_BUDGET,
     report: Report | None = None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> float | None:
@@ -49,7 +50,9 @@ def probe(
     start = [parameter.copy() for parameter in lora.parameters]
     losses: dict[float, float] = {}
     for rate in CANDIDATES:
-        trainer = Trainer(model, lora, options, peak_rate=rate, steps=steps, batches=batches, base=base, interrupted=interrupted)
+        trainer = Trainer(
+            model, lora, options, peak_rate=rate, steps=steps, batches=batches, base=base, budget=budget, interrupted=interrupted
+        )
         try:
             done = trainer.run()
             losses[rate] = validation_loss(model, lora, validation[:VALIDATION_PACKS], base) if done else math.nan

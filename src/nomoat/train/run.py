@@ -14,10 +14,8 @@ from typing import Any
 
 from nomoat import settings
 from nomoat.adapters import store
-from nomoat.adapters.stack import parse_model_name
 from nomoat.errors import AdapterError, InputError, NotFoundError, printable
 from nomoat.hub.fit import this_machine
-from nomoat.hub.names import resolve
 from nomoat.train.job import RESUMABLE, Job, TrainResult, logged, rss_bytes
 from nomoat.train.loop import Report
 from nomoat.train.plan import TrainOptions, check_resources, make_plan
@@ -82,7 +80,7 @@ def train(
     tell(_inspected(prepared))
     machine = this_machine(settings.data_dir(), threads or settings.threads())
     machine = replace(machine, available=machine.available + rss_bytes())  # what the model takes already is in the plan
-    file_bytes = model_bytes(resolve(parse_model_name(base)[0]))
+    file_bytes = model_bytes(model.path)
     plan = make_plan(chosen, model.spec, machine, **prepared.counts(), file_bytes=file_bytes)
     tell({"event": "plan", "text": plan.text(chosen), **plan.as_json()})
     check_resources(plan, chosen, machine)
