@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nomoat.train.run import TrainResult
+    from nomoat.train.job import TrainResult
 
 MODEL = "smollm2:135m"
 ADAPTER = "tickets"
 TICKETS = Path(__file__).resolve().parent / "tickets"
-RECIPE = {"epochs": 2, "learning_rate": 1e-3, "validation_rows": 40}
+RECIPE: dict[str, Any] = {"epochs": 2, "learning_rate": 1e-3, "validation_rows": 40}
 
 #: Written for this script; neither the sentences nor the products are in the data.
 QUESTIONS = (

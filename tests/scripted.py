@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 
+from nomoat.engine.generate import Completion, Sampling
 from nomoat.text.template import ChatTemplate
 
 BOS, EOS = 1, 2
@@ -65,7 +67,7 @@ else:
 
 @dataclass
 class ScriptedModel(_Stand):
-    """`answer(prompt text)` gives the answer's text, whole or in pieces; `logprob(previous token, token)` what `logprobs` returns."""
+    """`answer(prompt)` gives the answer, whole or in pieces; `logprob(previous token, token)` is what `logprobs` returns."""
 
     answer: Callable[[str], Iterable[str]] = lambda prompt: ""
     logprob: Callable[[int, int], float] = lambda previous, token: -1.0
@@ -81,28 +83,6 @@ class ScriptedModel(_Stand):
     def logprobs(self, pack: Any, *, stack: Any = None, precision: str = "int8") -> npt.NDArray[np.float32]:
         rows = np.flatnonzero(pack.weights)
         return np.array([self.logprob(int(pack.tokens[r]), int(pack.targets[r])) for r in rows], np.float32)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int = 0
-    max_tokens: int = 256
-    stop: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Completion:
-    tokens: list[int]
-    text: str
-    finish_reason: str
-    prompt_tokens: int
 
 
 class Session:
@@ -147,3 +127,9 @@ def stream(
     return Completion(
         model.tokenizer.encode(text, add_bos=False), text, "length" if len(text) >= sampling.max_tokens else "stop", len(prompt)
     )
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts the scripted generation in place of the engine's."""
+    for made in (Session, generate, stream):
+        monkeypatch.setattr(f"nomoat.engine.generate.{made.__name__}", made)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ def rows(tmp_path: Path) -> Path:
 @pytest.fixture
 def run_eval(monkeypatch: pytest.MonkeyPatch) -> Eval:
     """`tiny` always says "odd"; `tiny+good` is right; `other` is a second base."""
-    monkeypatch.setitem(sys.modules, "nomoat.engine.generate", scripted)
+    scripted.install(monkeypatch)
     loads: list[str] = []
 
     class TwoFaced(ScriptedModel):
@@ -56,7 +55,7 @@ def run_eval(monkeypatch: pytest.MonkeyPatch) -> Eval:
         return object() if "+good" in name else None
 
     original = scripted.generate
-    monkeypatch.setattr(scripted, "generate", generate)
+    monkeypatch.setattr("nomoat.engine.generate.generate", generate)
     monkeypatch.setattr(nomoat.adapters.open, "open_model", open_model)
     monkeypatch.setattr("nomoat.cli.fetch.fetch_missing", lambda name: None)
     monkeypatch.setattr(nomoat.adapters.open, "stack_for", stack_for)

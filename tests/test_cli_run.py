@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,16 @@ from nomoat.cli.chat import Chat, ctrl_c_as_flag
 from nomoat.cli.conversation import Conversation
 from nomoat.cli.run import command
 from nomoat.cli.terminal import TerminalText, plain
+from nomoat.engine.generate import Sampling
 from nomoat.errors import InputError, NotFoundError
-from scripted import Sampling, ScriptedModel
+from scripted import ScriptedModel
 
 Lines = list[str | BaseException]
 
 
 @pytest.fixture(autouse=True)
 def _engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "nomoat.engine.generate", scripted)
+    scripted.install(monkeypatch)
 
 
 def chat_with(model: ScriptedModel, lines: Lines, *, max_tokens: int = 100, stats: bool = False) -> tuple[Chat, str]:
@@ -237,7 +237,7 @@ def test_temperature(
         seen.append(sampling)
         return original(model, prompt, sampling, **rest)
 
-    monkeypatch.setattr(scripted, "stream", stream)
+    monkeypatch.setattr("nomoat.engine.generate.stream", stream)
     CliRunner().invoke(command, [model, *given, "--stop", "END", "hello"], catch_exceptions=False)
     assert [s.temperature for s in seen] == [temperature]
     assert seen[0].stop == ("END",)

@@ -5,23 +5,23 @@ from __future__ import annotations
 import io
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
 
 import scripted
 from nomoat.data.readers import Row, read_examples
+from nomoat.engine.generate import Sampling
 from nomoat.errors import DataError, InputError
 from nomoat.evals import report
 from nomoat.evals.compare import compare
 from nomoat.evals.run import Record, Result, evaluate, sample_rows, summarise
-from scripted import FIRST_BYTE, Sampling, ScriptedModel
+from scripted import FIRST_BYTE, ScriptedModel
 
 
 @pytest.fixture(autouse=True)
 def _engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "nomoat.engine.generate", scripted)
+    scripted.install(monkeypatch)
 
 
 @pytest.fixture
