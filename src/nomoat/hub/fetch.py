@@ -5,6 +5,7 @@ from __future__ import annotations
 import email.message
 import functools
 import http.client
+import os
 import re
 import ssl
 import time
@@ -59,6 +60,13 @@ def fetch(
         f"of a known digest), twice.{page} Nothing was kept. Check the index or hub that is configured",
         code="E_DIGEST",
     )
+
+
+def fetch_start(url: str, target: Path, count: int, *, what: str, headers: Mapping[str, str] | None = None) -> None:
+    """The first `count` bytes of a longer file, unchecked. Raises NetworkError."""
+    target.touch()
+    _fill(urllib.request.Request(url, headers=dict(headers or {})), target, count, what, None, time.sleep)
+    os.truncate(target, min(count, target.stat().st_size))
 
 
 def open_url(request: urllib.request.Request | str, timeout: float = TIMEOUT) -> http.client.HTTPResponse:

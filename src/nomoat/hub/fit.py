@@ -125,8 +125,12 @@ def estimate(
     epochs: float = 1.0,
     loss_share: float = 1.0,
     length: int = 512,
+    download_bytes: int = 0,
 ) -> Fit:
-    """Numbers and a verdict for one model on one machine. `context` defaults to the model's, at most 4,096 tokens."""
+    """Numbers and a verdict for one model on one machine. `context` defaults to the model's, at most 4,096 tokens.
+
+    `length` and `loss_share` describe the data as `train_flops_per_token` wants them; `download_bytes` still have to be fetched.
+    """
     context = min(spec.context, 4096) if context is None else context
     parameters = adapter_parameters(spec, rank, targets)
     limit = machine.available * MARGIN
@@ -136,7 +140,7 @@ def estimate(
     flops = train_flops_per_token(spec, parameters, length=length, loss_share=loss_share)
     speed = TRAIN_EFFICIENCY * machine.bf16_flops / flops / (RECOMPUTE_COST if recompute else 1)
     chatting = chat_bytes(spec, file_bytes, context)
-    disk = weight_bytes(file_bytes) + 3 * ADAPTER_STATE * parameters  # packed cache, two checkpoints and the result
+    disk = download_bytes + weight_bytes(file_bytes) + 3 * ADAPTER_STATE * parameters  # packed cache, checkpoints, result
     seconds = None if data_tokens is None else data_tokens * epochs / speed
     return Fit(
         weights_bytes=weight_bytes(file_bytes),

@@ -6,22 +6,27 @@ because huggingface_hub (2.4) throws an unfinished file away, so that a broken 5
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nomoat.errors import InputError, NetworkError, NotFoundError, printable
+from nomoat.errors import FileFormatError, InputError, NetworkError, NotFoundError, printable
 from nomoat.hub import discover
-from nomoat.hub.fetch import RETRY_STATUS, Progress, fetch
+from nomoat.hub.fetch import RETRY_STATUS, Progress, fetch, fetch_start
 from nomoat.hub.store import Store, StoredFile, check_disk, check_relative, hash_file
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
+
+#: Bytes of a weight file that a preview fetches, first and second try. A GGUF header holds the vocabulary: 1.7 MB for 49k tokens.
+HEADER_BYTES = {".gguf": (8 << 20, 64 << 20), ".safetensors": (1 << 20, 16 << 20)}
 
 #: What a Hugging Face folder is read from, beside its weights.
 FOLDER_FILES = frozenset(
@@ -65,7 +70,10 @@ def pull_repo(
     """
     name = f"hf:{rest}"
     manifest = store.get(name)
-    if manifest is None and (found := discover.find("hf", rest)) is not None:
+    found = None
+    with contextlib.suppress(InputError):  # an unfinished or ambiguous copy in the cache: fetch our own
+        found = discover.find("hf", rest) if manifest is None else None
+    if found is not None:
         if tell is not None:
             tell(f"{name} is in the Hugging Face cache already and is used there: {found.path}")
         return found.path
@@ -73,16 +81,64 @@ def pull_repo(
         if manifest is not None:
             return store.path(manifest)
         raise NetworkError(f"{printable(name)} is not on this machine, and offline mode forbids fetching it", code="E_OFFLINE")
-    organisation, repository, *inner = rest.split("/")
-    repo = f"{organisation}/{repository}"
-    info = _model_info(repo)
-    chosen = choose_files(repo, _files(info), "/".join(inner))
+    repo, info, chosen = _ask(rest)
     with store.writing(f"pull {name}", tell=tell):
         missing = [file for file in chosen if file.sha256 is None or not store.has_blob(f"sha256:{file.sha256}", file.size)]
         check_disk(store.root, sum(file.size - _have(store.partial / _key(file)) for file in missing), name)
         stored = tuple(_store(repo, str(info.sha), file, store, file not in missing, progress) for file in chosen)
         manifest = store.put(name, stored, source=f"hf:{repo}@{info.sha}", licence=_licence(info))
     return store.path(manifest)
+
+
+@contextlib.contextmanager
+def preview(rest: str, folder: Path) -> Iterator[tuple[Path, int]]:
+    """(model, bytes to fetch) of a model that is not here: its files in full length but with headers only, the rest a hole.
+
+    They lie in a temporary folder below `folder` and take a few megabytes. Good for `describe`, useless for anything that
+    reads weights. Raises as `pull_repo`.
+    """
+    repo, info, chosen = _ask(rest)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="preview-", dir=folder) as temporary:
+        root = Path(temporary)
+        ggufs = discover.model_files([file.path for file in chosen])
+        path = root / ggufs[0] if ggufs else root
+        for generous in (False, True):
+            for file in chosen:
+                _fetch_header(repo, str(info.sha), file, root / file.path, generous)
+            if _complete(path):
+                break
+        yield path, sum(file.size for file in chosen)
+
+
+def _fetch_header(repo: str, commit: str, file: RemoteFile, target: Path, generous: bool) -> None:
+    """The beginning of a weight file and a hole of the right length, or all of any other file."""
+    sizes = HEADER_BYTES.get(target.suffix)
+    url, headers = _address(repo, commit, file)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    fetch_start(url, target, file.size if sizes is None else min(sizes[generous], file.size), what=file.path, headers=headers)
+    os.truncate(target, file.size)
+
+
+def _complete(path: Path) -> bool:
+    """True if the headers of a preview are whole; zeros where a header goes on break its format."""
+    from nomoat.files.gguf import open_gguf
+    from nomoat.files.safetensors import open_safetensors
+
+    try:
+        (open_safetensors if path.is_dir() else open_gguf)(path).close()
+    except FileFormatError:
+        return False
+    return True
+
+
+def _ask(rest: str) -> tuple[str, ModelInfo, list[RemoteFile]]:
+    """(repository, what the hub says about it, the files that make up the model)."""
+    organisation, repository, *inner = rest.split("/")
+    repo = f"{organisation}/{repository}"
+    info = _model_info(repo)
+    return repo, info, choose_files(repo, _files(info), "/".join(inner))
 
 
 def choose_files(repo: str, files: list[RemoteFile], wanted: str) -> list[RemoteFile]:
@@ -158,15 +214,21 @@ def _store(repo: str, commit: str, file: RemoteFile, store: Store, present: bool
     """One file as a blob of the store, fetched unless it is there."""
     if present:
         return store.file(file.path, f"sha256:{file.sha256}", file.size)
-    from huggingface_hub import get_token, hf_hub_url
-
-    url = hf_hub_url(repo, file.path, revision=commit, endpoint=os.environ.get("HF_ENDPOINT"))
     partial = store.partial / _key(file)
     if file.size == 0:
         partial.touch()
-    headers = {"Authorization": f"Bearer {token}"} if (token := get_token()) else {}
+    url, headers = _address(repo, commit, file)
     fetch(url, partial, size=file.size, check=file.matches, what=file.path, headers=headers, progress=progress)
     return store.add_blob(partial, file.path)
+
+
+def _address(repo: str, commit: str, file: RemoteFile) -> tuple[str, dict[str, str]]:
+    """(URL, headers) of one file."""
+    from huggingface_hub import get_token, hf_hub_url
+
+    token = get_token()
+    url = hf_hub_url(repo, file.path, revision=commit, endpoint=os.environ.get("HF_ENDPOINT"))
+    return url, {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def _key(file: RemoteFile) -> str:

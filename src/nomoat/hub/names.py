@@ -14,12 +14,16 @@ import difflib
 import functools
 import re
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from nomoat import settings
 from nomoat.errors import FileFormatError, InputError, NetworkError, NotFoundError, printable
+
+if TYPE_CHECKING:
+    from nomoat.hub.fetch import Progress
 
 Scheme = Literal["catalogue", "path", "hf", "ollama", "lmstudio", "llamacpp"]
 PREFIXES: tuple[Scheme, ...] = ("hf", "ollama", "lmstudio", "llamacpp")
@@ -106,11 +110,19 @@ def _check_rest(text: str, scheme: str, rest: str) -> None:
         raise InputError(f"model name {printable(text)!r}: expected {example}")
 
 
-def resolve(name: str, *, offline: bool | None = None, download: bool = False) -> Path:
+def resolve(
+    name: str,
+    *,
+    offline: bool | None = None,
+    download: bool = False,
+    progress: Progress | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Path:
     """The .gguf file or Hugging Face folder that a name means. Reads nothing of the model itself.
 
-    `download=True` fetches a missing catalogue or hf: model first (unless offline). Raises NotFoundError with near matches
-    and what to do; FileFormatError E_PATH for a path that is neither a regular file nor a model folder.
+    `download=True` fetches a missing catalogue or hf: model first (unless offline); `progress` and `tell` as in
+    `pull`. Raises NotFoundError with near matches and what to do; FileFormatError E_PATH for a path that is neither a regular
+    file nor a model folder.
     """
     from nomoat.hub import discover
     from nomoat.hub.store import Store
@@ -128,7 +140,7 @@ def resolve(name: str, *, offline: bool | None = None, download: bool = False) -
         if download and not is_offline:
             from nomoat.hub.pull import pull
 
-            return pull(parsed.name)
+            return pull(parsed.name, offline=False, progress=progress, tell=tell)
         shown = printable(parsed.name)
         if download:
             raise NetworkError(f"{shown} is not on this machine and --offline forbids fetching it", code="E_OFFLINE")
