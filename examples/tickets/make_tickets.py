@@ -20,7 +20,7 @@ from typing import Any
 SEED = 20_240_607
 TRAIN_ROWS = 1_200
 TEST_ROWS = 200
-SYSTEM = "Extract intent, product, order_number and urgency as JSON."
+SYSTEM = "Extract intent, product, order_number and urgency (low, normal, high) as JSON."
 HERE = Path(__file__).resolve().parent
 
 _SLOT = re.compile(r"(\{\w+\})")
@@ -144,8 +144,11 @@ def message_of(phrases: dict[str, Any], split: str, core: str, order: str | None
     return filled(text, values), what
 
 
-def rows(phrases: dict[str, Any], split: str, count: int, dice: Dice) -> list[dict[str, Any]]:
-    """`count` distinct rows; intents and, within each, sentences take turns, so each is used about equally often."""
+def rows(phrases: dict[str, Any], split: str, count: int, dice: Dice, taken: set[str]) -> list[dict[str, Any]]:
+    """`count` distinct rows; intents and, within each, sentences take turns, so each is used about equally often.
+
+    Order numbers in `taken` are not used; the new ones are added to it.
+    """
     intents = phrases[split]["intents"]
     waiting: dict[str, list[str]] = {intent: [] for intent in intents}
     made: list[dict[str, Any]] = []
@@ -156,11 +159,14 @@ def rows(phrases: dict[str, Any], split: str, count: int, dice: Dice) -> list[di
             waiting[intent] = dice.shuffled(intents[intent])
         core = waiting[intent].pop()
         order = order_number(dice) if "{order}" in core or dice.chance(0.5) else None
-        level = ("low", "low", "normal", "normal", "normal", "high", "high")[dice.below(7)]
+        while order is not None and order in taken:
+            order = order_number(dice)
+        level = ("low", "normal", "high")[dice.below(3)]
         text, what = message_of(phrases, split, core, order, level, dice)
         if text in seen:
             continue
         seen.add(text)
+        taken.update([order] if order else [])
         answer = {"intent": intent, "product": what, "order_number": order, "urgency": level}
         made.append(
             {
@@ -177,8 +183,9 @@ def rows(phrases: dict[str, Any], split: str, count: int, dice: Dice) -> list[di
 def make(folder: Path) -> None:
     """Writes the two files into `folder`."""
     phrases = tomllib.loads((HERE / "phrases.toml").read_text(encoding="utf-8"))
+    orders: set[str] = set()
     for split, count, seed in (("train", TRAIN_ROWS, SEED), ("test", TEST_ROWS, SEED + 1)):
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows(phrases, split, count, Dice(seed)))
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows(phrases, split, count, Dice(seed), orders))
         (folder / f"{split}.jsonl").write_text(text, encoding="utf-8", newline="\n")
 
 

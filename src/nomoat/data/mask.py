@@ -101,7 +101,7 @@ def prompt_tokens(
 
 def _needed(template: ChatTemplate | None) -> ChatTemplate:
     if template is None:
-        message = "this model has no chat template, so it cannot learn from conversations; use prompt/completion rows, or --raw"
+        message = "this model has no chat template, so it cannot learn from conversations; use prompt and completion rows"
         raise InputError(message, code="E_TEMPLATE")
     return template
 

@@ -183,7 +183,7 @@ def _detect(fields: Fields, place: Place) -> str:
     if {"chosen", "preferred_output"} & fields.keys():
         raise place.fault(f"preference pairs (fields: {found}); supervised training needs one answer a row, as in `messages`")
     known = "; ".join("+".join(layout.required) for layout in FORMATS.values())
-    hint = "Name the columns with --map prompt=COLUMN,completion=COLUMN"
+    hint = "Name the columns with --map prompt=COLUMN --map completion=COLUMN"
     raise place.fault(f"no known format has the fields: {found}. Known: {known}. {hint}")
 
 
