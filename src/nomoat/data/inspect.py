@@ -146,10 +146,11 @@ def inspect_data(
     whole: set[bytes] = set()
     for row in stream_examples(path, map=map, format=format, skip_bad=skip_bad, log=report.log):
         prompts.add(_key(prompt_text(row)))
-        key = _key(row_text(row))
+        said = row_text(row)
+        key = _key(said)
         report.duplicates += key in whole
         whole.add(key)
-        report.secrets.update(kind for kind, pattern in SECRETS.items() if pattern.search(row_text(row)))
+        report.secrets.update(kind for kind, pattern in SECRETS.items() if pattern.search(said))
         _use(report, row, tokenizer, template, truncate=truncate, raw=raw)
     if len(report.examples) < MIN_EXAMPLES:
         reasons = "; ".join(
