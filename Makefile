@@ -59,8 +59,9 @@ format: build ## Format Python and C++
 	$(VENV)/bin/ruff format .
 	@$(if $(NATIVE_FILES),$(VENV)/bin/clang-format -i $(NATIVE_FILES))
 
-docs: build ## Write the generated reference pages again
+docs: build ## Write the generated files again: the command reference, the native module's types
 	@$(VENV)/bin/python tools/make_cli_reference.py
+	@$(VENV)/bin/python -m nanobind.stubgen -q -m nomoat._native -o src/nomoat/_native.pyi
 
 # torch goes in first and by itself, with pip: pip follows the machine's configuration (a local wheel, a CPU-only index).
 # The native module and pytest come from .venv, which is put behind the oracles' own packages.

@@ -128,6 +128,14 @@ def test_the_command_reference_is_current() -> None:
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
 
 
+def test_the_native_types_are_current(tmp_path: Path) -> None:
+    stub = tmp_path / "_native.pyi"
+    command = [sys.executable, "-m", "nanobind.stubgen", "-q", "-m", "nomoat._native", "-o", str(stub)]
+    outcome = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert outcome.returncode == 0, outcome.stderr
+    assert stub.read_text() == (ROOT / "src" / "nomoat" / "_native.pyi").read_text(), "run `make docs`"
+
+
 def test_every_error_is_in_the_reference() -> None:
     def tree(kind: type[errors.NomoatError]) -> list[type[errors.NomoatError]]:
         return [kind] + [below for child in kind.__subclasses__() if child.__module__ == errors.__name__ for below in tree(child)]

@@ -30,7 +30,8 @@ def page() -> str:
 
 
 def _sections(command: click.Command, parent: click.Context | None, path: str) -> Iterator[str]:
-    context = click.Context(command, parent, info_name=path.split()[-1], terminal_width=WIDTH, max_content_width=WIDTH)
+    settings = {"terminal_width": WIDTH, "max_content_width": WIDTH} | command.context_settings
+    context = click.Context(command, parent, info_name=path.split()[-1], **settings)
     yield f"\n## {path}\n\n```text\n{command.get_help(context)}\n```\n"
     if isinstance(command, click.Group):
         for name in command.list_commands(context):
