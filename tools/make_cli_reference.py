@@ -30,7 +30,7 @@ def page() -> str:
 
 
 def _sections(command: click.Command, parent: click.Context | None, path: str) -> Iterator[str]:
-    settings = {"terminal_width": WIDTH, "max_content_width": WIDTH} | command.context_settings
+    settings = {**command.context_settings, "terminal_width": WIDTH, "max_content_width": WIDTH}
     context = click.Context(command, parent, info_name=path.split()[-1], **settings)
     yield f"\n## {path}\n\n```text\n{command.get_help(context)}\n```\n"
     if isinstance(command, click.Group):
