@@ -15,12 +15,6 @@ from toy import fingerprint, random_adapter, toy_spec
 SPEC = toy_spec()
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("NOMOAT_HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
-
-
 @pytest.mark.parametrize(
     "name",
     [

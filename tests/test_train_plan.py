@@ -89,7 +89,7 @@ def test_too_little_memory_or_disk_is_refused_with_numbers() -> None:
     check_resources(plan, options, MACHINE)
     with pytest.raises(ResourceError, match=r"of memory, and 0\.9 MB can be used.*--max-tokens 512"):
         check_resources(plan, options, replace(MACHINE, available=10**6))
-    with pytest.raises(ResourceError, match="of disk, and 0.0 MB are free"):
+    with pytest.raises(ResourceError, match=r"of disk, and 0\.0 MB are free"):
         check_resources(plan, options, replace(MACHINE, disk_free=1000))
 
 
