@@ -132,7 +132,7 @@ class Tokenizer:
         return ids
 
     def _cut(self, text: str, control: bool, guard: str) -> Iterator[str | int]:
-        """`text` as ids of added tokens and plain pieces. A guarded piece is searched again without its guard, for user tokens."""
+        """`text` as ids of added tokens and plain pieces. A guarded piece is searched again without guard, for user tokens."""
         for piece in self.added.split(text, control=control):
             if isinstance(piece, str) and guard and guard in piece:
                 yield from self.added.split(piece.replace(guard, ""), control=False)
