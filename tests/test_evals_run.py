@@ -88,7 +88,7 @@ def test_json_reports_fields_too(tmp_path: Path) -> None:
     path.write_text(json.dumps({"prompt": "order?", "completion": '{"id": 7, "urgent": true}'}))
     result = evaluate(ScriptedModel(lambda prompt: '{"id": 7, "urgent": false}'), path, "json")
     assert (result.score, result.partial) == (0.0, 0.5)
-    assert "fields that agree 50.0 %" in report.result_line(result)
+    assert "equal fields 50.0 %" in report.result_line(result)
 
 
 def test_records_are_written_as_json_lines(sums: list[Row], tmp_path: Path) -> None:

@@ -93,9 +93,7 @@ def rouge_l(got: str, expected: str) -> float:
 
 METRICS: dict[str, Metric] = {
     "exact": Metric("answers equal to the reference (whitespace normalised)", exact),
-    "json": Metric(
-        "answers equal to the reference as JSON", json_equal, partial=json_fields, partial_meaning="fields that agree"
-    ),
+    "json": Metric("answers equal to the reference as JSON", json_equal, partial=json_fields, partial_meaning="equal fields"),
     "contains": Metric("answers that contain the reference", contains),
     "numeric": Metric("answers whose last number is the reference's", numeric),
     "rouge": Metric("ROUGE-L F1 against the reference", rouge_l, binary=False),

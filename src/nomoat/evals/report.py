@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from nomoat.evals.perplexity import Perplexity
 
-SAMPLE_WIDTH = 160
+SAMPLE_WIDTH = 240
 
 
 def figure(metric: str, value: float, signed: bool = False) -> str:
@@ -34,7 +34,7 @@ def interval(metric: str, low: float, high: float, signed: bool = False) -> str:
 
 
 def result_line(result: Result) -> str:
-    """`json 12.5 % (95 % interval 8.6 to 17.8, 200 rows), fields that agree 61.0 %`."""
+    """`json 12.5 % (95 % interval 8.6 to 17.8, 200 rows), equal fields 61.0 %`."""
     text = (
         f"{result.metric} {figure(result.metric, result.score)} "
         f"(95 % interval {interval(result.metric, result.low, result.high)}, {result.n:,} {'row' if result.n == 1 else 'rows'})"
@@ -65,7 +65,7 @@ def print_results(console: Console, results: dict[str, Result]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("model")
+    table.add_column("model", overflow="fold")
     table.add_column("metric")
     for name in ("score", "95 % interval", "rows"):
         table.add_column(name, justify="right")
@@ -94,9 +94,13 @@ def print_misses(console: Console, result: Result, count: int) -> None:
 
 
 def _print_row(console: Console, record: Record, answers: dict[str, str]) -> None:
-    console.print(f"\nline {record.line}", style="bold")
+    from rich.table import Table
+
+    grid = Table.grid(padding=(0, 1, 0, 2))
     for label, text in ({"asked": question(record), "expected": record.expected} | answers).items():
-        console.print(f"  {label:<9}", _plain(shorten(text)), overflow="ellipsis", no_wrap=True)
+        grid.add_row(label, _plain(shorten(text)))
+    console.print(f"\nline {record.line}", style="bold")
+    console.print(grid)
 
 
 def question(record: Record) -> str:
