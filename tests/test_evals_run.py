@@ -51,6 +51,7 @@ def test_answers_are_graded_row_by_row(sums: list[Row]) -> None:
     sixth = result.records[5]
     assert (sixth.line, sixth.expected, sixth.got, sixth.finish_reason) == (6, "12", "13", "stop")
     assert sixth.prompt == [{"role": "user", "content": "6+6"}]
+    assert seen[0] == (0, 10)
     assert seen[-1] == (10, 10)
     assert result.tokens_per_second > 0
 

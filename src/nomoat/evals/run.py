@@ -106,6 +106,8 @@ def evaluate(
         if stack is not None:
             raise InputError("give either the adapters in the model's name or `stack`, not both")
         model, stack = open_model(model)
+    if progress:
+        progress(0, len(chosen))
     began = time.perf_counter()
     rule = METRICS[metric]
     used: int | None = None
