@@ -240,6 +240,10 @@ NB_MODULE(_native, m) {
     set_threads(count);
   }, nb::arg("count"));
   m.def("packed_bytes", [](int format, int rows, int cols) { return packed_bytes(packed_matrix(Format(format), rows, cols)); }, nb::arg("format"), nb::arg("rows"), nb::arg("cols"));
+  m.def("checksum", [](const ConstBytes& data) {
+    nb::gil_scoped_release release;
+    return checksum(data.data(), data.size());
+  }, nb::arg("data"));
   m.def("pack", &pack, nb::arg("format"), nb::arg("rows"), nb::arg("cols"), nb::arg("gguf"), nb::arg("packed"));
   m.def("read_rows", &read_rows, nb::arg("format"), nb::arg("rows"), nb::arg("cols"), nb::arg("packed"), nb::arg("ids"), nb::arg("out"));
   m.def("product", &product, nb::arg("format"), nb::arg("rows"), nb::arg("cols"), nb::arg("packed"), nb::arg("x"), nb::arg("y"), nb::arg("precision"), nb::arg("backward") = false);

@@ -47,4 +47,7 @@ size_t packed_bytes(const Matrix& matrix);
 // Packs strips [first, last) of a row-major GGUF tensor into `packed` (the address of strip 0).
 void pack_strips(const Matrix& matrix, const uint8_t* gguf, int first, int last, uint8_t* packed);
 
+// A 64-bit checksum that runs at memory speed: detects damage, not malice.
+uint64_t checksum(const uint8_t* data, size_t bytes);
+
 }  // namespace nomoat

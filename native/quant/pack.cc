@@ -56,4 +56,20 @@ void pack_strips(const Matrix& m, const uint8_t* gguf, int first, int last, uint
   });
 }
 
+uint64_t checksum(const uint8_t* data, size_t bytes) {
+  constexpr uint64_t prime = 0x9e3779b97f4a7c15ull;
+  uint64_t lanes[8] = {1, 2, 3, 4, 5, 6, 7, 8};
+  size_t i = 0;
+  for (; i + 64 <= bytes; i += 64)
+    for (int j = 0; j < 8; j++) {
+      uint64_t word;
+      std::memcpy(&word, data + i + 8 * size_t(j), 8);
+      lanes[j] = (lanes[j] ^ word) * prime;
+    }
+  uint64_t sum = bytes;
+  for (uint64_t lane : lanes) sum = (sum ^ lane ^ (lane >> 29)) * prime;
+  for (; i < bytes; i++) sum = (sum ^ data[i]) * prime;
+  return sum;
+}
+
 }  // namespace nomoat

@@ -1,0 +1,258 @@
+"""Generation: many prompts at once, or one as a stream. Greedy output does not depend on what runs beside it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from nomoat import _native
+from nomoat.engine.kv import Sequence
+from nomoat.engine.model import FORWARD_ROWS, Float32, Model
+from nomoat.engine.stack import Stack
+from nomoat.errors import InputError, NonFiniteError
+from nomoat.text.stream import StreamDecoder
+
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen: penalties, then top_k, min_p, top_p, then temperature. Raises InputError E_LIMIT.
+
+    temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and the neutral penalties switch those off. The penalties look at the
+    answer so far. `stop` strings end the answer and are not part of it.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        limits = {
+            "temperature": (self.temperature, 0.0, 100.0),
+            "top_k": (self.top_k, 0, 1 << 31),
+            "top_p": (self.top_p, 0.0, 1.0),
+            "min_p": (self.min_p, 0.0, 1.0),
+            "repetition_penalty": (self.repetition_penalty, 0.01, 100.0),
+            "presence_penalty": (self.presence_penalty, -100.0, 100.0),
+            "frequency_penalty": (self.frequency_penalty, -100.0, 100.0),
+            "seed": (self.seed, 0, (1 << 64) - 1),
+            "max_tokens": (self.max_tokens, 1, 1 << 31),
+        }
+        for name, (value, low, high) in limits.items():
+            if not low <= value <= high:  # also refuses NaN
+                raise InputError(f"{name} is {value}; expected {low} to {high}", code="E_LIMIT")
+        if any(not text for text in self.stop):
+            raise InputError("a stop string is empty; it would end every answer at once", code="E_LIMIT")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """`text` is what a person sees; `tokens` are all that were generated, the end token included."""
+
+    tokens: list[int]
+    text: str
+    finish_reason: Finish
+    prompt_tokens: int
+
+
+@dataclass
+class _Answer:
+    """One answer while it is being written."""
+
+    model: Model
+    prompt: list[int]
+    sampling: Sampling
+    stack: Stack | None
+    sequence: Sequence = field(default_factory=Sequence)
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    given: int = 0  # characters of `text` that were handed out
+    finish: Finish | None = None
+
+    def __post_init__(self) -> None:
+        room = self.model.spec.context - len(self.prompt)
+        if not self.prompt:
+            raise InputError("the prompt has no tokens", code="E_EMPTY")
+        if room < 1:
+            raise InputError(
+                f"the prompt has {len(self.prompt):,} tokens; the model's context of {self.model.spec.context:,} leaves no room "
+                "for an answer",
+                code="E_LIMIT",
+            )
+        self.limit = min(self.sampling.max_tokens, room)
+        self.decoder = StreamDecoder(self.model.tokenizer)
+
+    def pending(self) -> list[int]:
+        """Tokens that the model has not seen yet."""
+        return (self.prompt + self.tokens)[len(self.sequence.tokens) :]
+
+    def take(self, logits: Float32) -> None:
+        """Chooses the next token from a row of logits and decides whether the answer ends."""
+        s = self.sampling
+        recent = np.asarray(self.tokens, np.int32)
+        # the drawn token depends on the seed and its place only, never on what else is in the batch
+        token = _native.sample(
+            logits,
+            self.model.spec.vocab,
+            s.temperature,
+            s.top_k,
+            s.top_p,
+            s.min_p,
+            s.repetition_penalty,
+            s.presence_penalty,
+            s.frequency_penalty,
+            s.seed,
+            len(self.tokens),
+            recent,
+        )
+        if not np.isfinite(logits[token]):
+            raise NonFiniteError("the model's logits are NaN or infinite")
+        self.tokens.append(token)
+        if token in self.model.tokenizer.eos_ids:
+            self.finish = "stop"
+        else:
+            self._extend(self.decoder.push(token))
+            if self.finish is None and len(self.tokens) >= self.limit:
+                self.finish = "length"
+        if self.finish is not None:
+            self._extend(self.decoder.finish())
+
+    def _extend(self, piece: str) -> None:
+        begin = max(0, len(self.text) - max(map(len, self.sampling.stop), default=0))
+        self.text += piece
+        found = [at for at in (self.text.find(stop, begin) for stop in self.sampling.stop) if at >= 0]
+        if found:
+            self.text = self.text[: min(found)]
+            self.finish = "stop"
+
+    def give(self) -> str:
+        """New text that can no longer become part of a stop string."""
+        end = len(self.text)
+        if self.finish is None:
+            for stop in self.sampling.stop:
+                for length in range(min(len(stop) - 1, len(self.text)), 0, -1):
+                    if self.text.endswith(stop[:length]):
+                        end = min(end, len(self.text) - length)
+                        break
+        piece = self.text[self.given : end]
+        self.given = max(self.given, end)
+        return piece
+
+    def completion(self) -> Completion:
+        return Completion(self.tokens, self.text, self.finish or "length", len(self.prompt))
+
+
+def generate(
+    model: Model,
+    prompts: SequenceOf[SequenceOf[int]],
+    sampling: Sampling,
+    *,
+    stacks: SequenceOf[Stack | None] | None = None,
+    max_batch: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Completion]:
+    """Answers every prompt; up to `max_batch` are in flight, each with its own adapters. `progress(done, total)`.
+
+    Raises InputError for an empty prompt or one that fills the context, NonFiniteError for a model that computes NaN.
+    """
+    answers = [
+        _Answer(model, list(prompt), sampling, stack)
+        for prompt, stack in zip(prompts, stacks or itertools.repeat(None), strict=stacks is not None)
+    ]
+    waiting = iter(answers)
+    active: list[_Answer] = []
+    done = 0
+    pool = model.pool()
+    try:
+        while True:
+            active += itertools.islice(waiting, max(1, max_batch) - len(active))
+            if not active:
+                return [answer.completion() for answer in answers]
+            _step(model, active)
+            for answer in [answer for answer in active if answer.finish is not None]:
+                active.remove(answer)
+                pool.cut(answer.sequence, 0)
+                done += 1
+                if progress:
+                    progress(done, len(answers))
+    finally:
+        for answer in active:
+            pool.cut(answer.sequence, 0)
+
+
+def _step(model: Model, active: list[_Answer]) -> None:
+    """One forward pass: a row for every answer that is being written, and prompt rows of others up to FORWARD_ROWS."""
+    segments = []
+    budget = FORWARD_ROWS
+    for answer in sorted(active, key=lambda a: len(a.pending())):
+        tokens = answer.pending()[: max(budget, 0)]
+        if tokens:
+            segments.append((answer, tokens))
+            budget -= len(tokens)
+    # one adapter's rows side by side: its products are taken together
+    segments.sort(key=lambda pair: id(pair[0].stack))
+    x = model.forward([(answer.sequence, tokens, answer.stack) for answer, tokens in segments])
+    last = np.cumsum([len(tokens) for _, tokens in segments]) - 1
+    ready = [(answer, int(row)) for (answer, _), row in zip(segments, last, strict=True) if not answer.pending()]
+    if ready:
+        logits = model.head(x, [row for _, row in ready])
+        for (answer, _), row in zip(ready, logits, strict=True):
+            answer.take(row)
+
+
+class Session:
+    """Keys and values kept between the turns of one conversation. Release it when the conversation is over."""
+
+    def __init__(self, model: Model, *, stack: Stack | None = None) -> None:
+        self.model, self.stack = model, stack
+        self.sequence = Sequence()
+
+    def release(self) -> None:
+        """Gives the cache pages back."""
+        self.model.pool().cut(self.sequence, 0)
+
+
+def stream(
+    model: Model,
+    prompt: SequenceOf[int],
+    sampling: Sampling,
+    *,
+    stack: Stack | None = None,
+    session: Session | None = None,
+) -> Iterator[str]:
+    """Yields the answer piece by piece, whole characters only. A session's common prefix is not computed again.
+
+    The generator's return value is the Completion. Raises as `generate` does.
+    """
+    answer = _Answer(model, list(prompt), sampling, stack)
+    pool = model.pool()
+    if session is not None:
+        if session.stack is not stack:
+            raise InputError("the session belongs to another adapter stack; start a new one")
+        answer.sequence = session.sequence
+        known = session.sequence.tokens
+        common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(known, answer.prompt, strict=False)))
+        pool.cut(session.sequence, min(common, len(answer.prompt) - 1))
+    try:
+        while answer.finish is None:
+            _step(model, [answer])
+            piece = answer.give()
+            if piece:
+                yield piece
+    finally:
+        if session is None:
+            pool.cut(answer.sequence, 0)
+    return answer.completion()

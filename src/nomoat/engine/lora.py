@@ -1,0 +1,102 @@
+"""Adapters as the native engine takes them: stacks for the forward pass, and the one that is being trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import numpy.typing as npt
+
+from nomoat import _native
+from nomoat.engine.stack import Adapter, Place, Stack
+from nomoat.errors import InputError
+from nomoat.models.spec import TARGETS, ModelSpec
+
+Float32 = npt.NDArray[np.float32]
+
+_sets: WeakKeyDictionary[Stack, _native.LoraSet] = WeakKeyDictionary()
+
+
+def native_set(stack: Stack, layers: int) -> _native.LoraSet:
+    """The stack's arrays as the engine's adapter table; made once for each stack, which keeps the arrays alive."""
+    found = _sets.get(stack)
+    if found is None:
+        found = _native.LoraSet(layers)
+        for (layer, target), linear in stack.linears.items():
+            found.set(layer, TARGETS.index(target), linear.a, linear.bt, linear.scale)
+        _sets[stack] = found
+    return found
+
+
+class TrainableLora:
+    """A new adapter, on top of a frozen stack if `base` is given: at each linear both are one adapter of concatenated rank.
+
+    `parameters` and `gradients` are float32 views, A [r, K] and B^T [r, N] in turn, named by `names`. A is Kaiming-uniform as
+    in PEFT (U(-1/sqrt(K), 1/sqrt(K))), B is zero, so training starts from the base model. Raises InputError E_LIMIT.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        rank: int = 16,
+        alpha: float = 32.0,
+        targets: Sequence[str] = TARGETS,
+        seed: int = 0,
+        base: Stack | None = None,
+    ) -> None:
+        smallest = min(min(spec.linear_shape(target)) for target in TARGETS)
+        if not 1 <= rank <= smallest:
+            raise InputError(f"rank {rank}; expected 1 to {smallest}, the smallest side of a linear of this model", code="E_LIMIT")
+        if not targets or set(targets) - set(TARGETS):
+            raise InputError(f"targets {', '.join(targets) or '(none)'}; expected some of {', '.join(TARGETS)}", code="E_LIMIT")
+        self.spec, self.rank, self.alpha = spec, rank, alpha
+        self.targets = tuple(target for target in TARGETS if target in targets)
+        self.base = base
+        self.names: list[str] = []
+        self.parameters: list[Float32] = []
+        self.gradients: list[Float32] = []
+        self.native = _native.LoraSet(spec.layers)
+        self._places: list[Place] = []
+        self._arrays: list[Float32] = []  # keeps what the native table points to alive
+        for layer in range(spec.layers):
+            for target in TARGETS:
+                self._add(layer, target, seed)
+
+    def _add(self, layer: int, target: str, seed: int) -> None:
+        frozen = self.base.linears.get((layer, target)) if self.base else None
+        if target not in self.targets:
+            if frozen is not None:
+                self.native.set(layer, TARGETS.index(target), frozen.a, frozen.bt, frozen.scale)
+            return
+        rows, cols = self.spec.linear_shape(target)
+        beneath = 0 if frozen is None else len(frozen.scale)
+        a = np.zeros((beneath + self.rank, cols), np.float32)
+        bt = np.zeros((beneath + self.rank, rows), np.float32)
+        scale = np.full(beneath + self.rank, self.alpha / self.rank, np.float32)
+        if frozen is not None:
+            a[:beneath], bt[:beneath], scale[:beneath] = frozen.a, frozen.bt, frozen.scale
+        words = np.random.PCG64(np.random.SeedSequence([seed, layer, TARGETS.index(target)])).random_raw(self.rank * cols)
+        uniform = (words >> np.uint64(40)).astype(np.float64) / 2.0**24  # raw words: a stream that NumPy guarantees
+        a[beneath:] = ((2 * uniform - 1) / np.sqrt(cols)).reshape(self.rank, cols)
+        da, dbt = np.zeros_like(a[beneath:]), np.zeros_like(bt[beneath:])
+        self.native.set(layer, TARGETS.index(target), a, bt, scale, da, dbt)
+        self._arrays += [a, bt, scale, da, dbt]
+        self._places.append((layer, target))
+        self.names += [f"blk.{layer}.{target}.a", f"blk.{layer}.{target}.bt"]
+        self.parameters += [a[beneath:], bt[beneath:]]
+        self.gradients += [da, dbt]
+
+    def zero_grad(self) -> None:
+        """Sets all gradients to zero."""
+        for gradient in self.gradients:
+            gradient.fill(0)
+
+    def to_adapter(self) -> Adapter:
+        """A copy of the trained part as an adapter of its own."""
+        tensors = {
+            place: (self.parameters[2 * i].copy(), np.ascontiguousarray(self.parameters[2 * i + 1].T))
+            for i, place in enumerate(self._places)
+        }
+        return Adapter(self.rank, self.alpha, self.targets, tensors)

@@ -1,0 +1,311 @@
+"""A model in memory: packed weights, and the walk over its layers, forward and backward.
+
+    tokens -> embedding rows -> [attention block -> MLP block] x L -> head -> logits or log-probabilities
+
+A batch is rows of several segments, one segment a run of one sequence. Training records the same walk on a tape.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from nomoat import _native, settings
+from nomoat.engine import kv
+from nomoat.engine.kv import KvPool
+from nomoat.engine.lora import TrainableLora, native_set
+from nomoat.engine.stack import Stack
+from nomoat.engine.weights import Weights, load_weights, read_spec
+from nomoat.errors import InputError, ModelError, NonFiniteError
+from nomoat.files.gguf import open_gguf
+from nomoat.models.spec import TARGETS, ModelSpec
+from nomoat.text.template import ChatTemplate, template_for
+from nomoat.text.tokenizer import Tokenizer
+
+Float32 = npt.NDArray[np.float32]
+Int32 = npt.NDArray[np.int32]
+
+#: Rows of one step when nothing is recorded: enough for the int8 kernels' full speed, small enough to stay in cache.
+FORWARD_ROWS = 256
+#: Activations of a training step that are kept rather than computed again, in bytes.
+ACTIVATION_BUDGET = 384 << 20
+
+
+class Rows(Protocol):
+    """Training rows (`nomoat.data.pack.Pack`)."""
+
+    @property
+    def tokens(self) -> Int32: ...
+    @property
+    def starts(self) -> Int32: ...
+    @property
+    def targets(self) -> Int32: ...
+    @property
+    def weights(self) -> Float32: ...
+
+
+class Model:
+    """A loaded model. One call at a time: the native engine owns one set of scratch memory."""
+
+    def __init__(self, path: Path, spec: ModelSpec, weights: Weights, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
+        self.path, self.spec, self.tokenizer, self.template = path, spec, tokenizer, template
+        self.weights = weights
+        self._engine = _build_engine(spec, weights)
+        self._pools: dict[bool, KvPool] = {}
+        self._tapes: dict[str, _native.Tape] = {}
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        threads: int | None = None,
+        quantize: str = "Q8_0",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Model:
+        """Opens a GGUF file or a Hugging Face folder (quantized to `quantize`: Q8_0, Q4_K, none).
+
+        Raises ModelError, FileFormatError, NotFoundError, ResourceError.
+        """
+        path = Path(path)
+        _configure(threads)
+        spec = read_spec(path)
+        weights = load_weights(path, spec, quantize=quantize, progress=progress)
+        if path.is_dir():
+            tokenizer = Tokenizer.from_folder(path)
+            return cls(path, spec, weights, tokenizer, template_for(path, tokenizer))
+        with open_gguf(path) as file:
+            tokenizer = Tokenizer.from_gguf(file)
+            return cls(path, spec, weights, tokenizer, template_for(file, tokenizer))
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What an adapter remembers of its base: architecture, dimensions, vocabulary hash, exact file digest."""
+        s = self.spec
+        dimensions = {
+            "layers": s.layers,
+            "width": s.width,
+            "heads": s.heads,
+            "kv_heads": s.kv_heads,
+            "head_dim": s.head_dim,
+            "ffn": s.ffn,
+            "vocab": s.vocab,
+        }
+        return {
+            "architecture": s.architecture,
+            "name": s.name,
+            "dimensions": dimensions,
+            "vocabulary": self.tokenizer.vocab_hash(),
+            "digest": self.weights.digest,
+        }
+
+    # ---- forward -------------------------------------------------------------------------------------------------------
+
+    def pool(self, precision: str = "int8") -> KvPool:
+        """The key/value pages of a precision: float32 for "f32", else bf16."""
+        f32 = precision == "f32"
+        if f32 not in self._pools:
+            self._pools[f32] = KvPool(self._engine, f32=f32)
+        return self._pools[f32]
+
+    def forward(
+        self, segments: Sequence[tuple[kv.Sequence, Sequence[int], Stack | None]], *, precision: str = "int8"
+    ) -> Float32:
+        """Runs new tokens of several sequences, appends them to the cache, returns hidden rows [M, width padded to 32].
+
+        `segments` are (sequence, its next tokens, adapters). Raises InputError for a token id out of range or a context that
+        is too long; then nothing has changed.
+        """
+        pool = self.pool(precision)
+        for sequence, tokens, _ in segments:
+            if len(sequence.tokens) + len(tokens) > self.spec.context:
+                raise InputError(
+                    f"{len(sequence.tokens) + len(tokens):,} tokens exceed the model's context of {self.spec.context:,}",
+                    code="E_LIMIT",
+                )
+        flat = np.concatenate([np.asarray(tokens, np.int32) for _, tokens, _ in segments])
+        if flat.size and not 0 <= int(flat.min()) <= int(flat.max()) < self.spec.vocab:
+            raise InputError(f"token ids must be below {self.spec.vocab:,}; found {flat.min()} to {flat.max()}", code="E_LIMIT")
+        for sequence, tokens, _ in segments:
+            pool.grow(sequence, len(sequence.tokens) + len(tokens))
+        batch = self._batch(
+            [len(tokens) for _, tokens, _ in segments],
+            [len(sequence.tokens) for sequence, _, _ in segments],
+            [sequence.pages for sequence, _, _ in segments],
+            [native_set(stack, self.spec.layers) if stack is not None and stack.linears else None for _, _, stack in segments],
+        )
+        x = self._embed(flat)
+        for layer in range(self.spec.layers):
+            self._engine.forward_layer(layer, precision, x, batch, pool.native)
+        for sequence, tokens, _ in segments:
+            sequence.tokens += [int(token) for token in tokens]
+        return x
+
+    def head(self, x: Float32, rows: Sequence[int] | Int32, *, precision: str = "int8") -> Float32:
+        """Logits [len(rows), vocab] of hidden rows; a view of [len(rows), vocab padded to 32]."""
+        ids = np.ascontiguousarray(rows, np.int32)
+        logits = np.zeros((len(ids), _padded(self.spec.vocab)), np.float32)
+        self._engine.logits(precision, x, ids, logits)
+        return logits[:, : self.spec.vocab]
+
+    def logits(self, tokens: Sequence[int], *, stack: Stack | None = None, precision: str = "int8") -> Float32:
+        """Logits [T, vocab] of one sequence."""
+        sequence = kv.Sequence()
+        parts = []
+        try:
+            for begin in range(0, len(tokens), FORWARD_ROWS):
+                part = tokens[begin : begin + FORWARD_ROWS]
+                x = self.forward([(sequence, part, stack)], precision=precision)
+                parts.append(self.head(x, range(len(part)), precision=precision))
+        finally:
+            self.pool(precision).cut(sequence, 0)
+        return np.concatenate(parts)
+
+    def logprobs(self, pack: Rows, *, stack: Stack | None = None, precision: str = "int8") -> Float32:
+        """Log-probability of every weighted target, in row order. Raises NonFiniteError."""
+        pool = self.pool(precision)
+        found: list[Float32] = []
+        bounds = pack.starts.tolist()
+        for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+            sequence = kv.Sequence()
+            try:
+                for at in range(begin, end, FORWARD_ROWS):
+                    stop = min(at + FORWARD_ROWS, end)
+                    x = self.forward([(sequence, pack.tokens[at:stop].tolist(), stack)], precision=precision)
+                    rows = _weighted(pack, at, stop)
+                    logp = np.empty(len(rows), np.float32)
+                    if len(rows):
+                        self._engine.logprobs(precision, x, rows - at, pack.targets[rows], logp)
+                    found.append(logp)
+            finally:
+                pool.cut(sequence, 0)
+        return _finite(np.concatenate(found))
+
+    # ---- training ------------------------------------------------------------------------------------------------------
+
+    def loss_gradients(
+        self, pack: Rows, lora: TrainableLora, d_logp: Float32, *, precision: str = "bf16", budget: int = ACTIVATION_BUDGET
+    ) -> Float32:
+        """Log-probabilities of the weighted targets; adds sum_i d_logp[i] * d logp[i] / d parameter to `lora.gradients`.
+
+        `d_logp` has one value for each row whose weight is not 0. Activations beyond `budget` bytes are computed again, with
+        the same bits. Raises NonFiniteError, then the gradients are not to be used.
+        """
+        lengths = np.diff(pack.starts).tolist()
+        pages: list[list[int]] = []
+        used = 0
+        for length in lengths:
+            count = -(-length // kv.PAGE_TOKENS)
+            pages.append(list(range(used, used + count)))
+            used += count
+        batch = self._batch(lengths, [0] * len(lengths), pages, [lora.native] * len(lengths))
+        tape = self._tape(precision, len(pack.tokens), lora, budget)
+        x = self._embed(np.ascontiguousarray(pack.tokens, np.int32))
+        for layer in range(self.spec.layers):
+            self._engine.record_layer(layer, x, batch, tape)
+        rows = _weighted(pack, 0, len(pack.tokens))
+        logp = np.empty(len(rows), np.float32)
+        dx = np.zeros_like(x)
+        self._engine.logprobs(precision, x, rows, pack.targets[rows], logp, np.ascontiguousarray(d_logp, np.float32), dx)
+        for layer in reversed(range(self.spec.layers)):
+            self._engine.backward_layer(layer, dx, batch, tape, layer > 0)
+        return _finite(logp)
+
+    def _tape(self, precision: str, rows: int, lora: TrainableLora, budget: int) -> _native.Tape:
+        tape = self._tapes.get(precision)
+        if tape is None:
+            tape = self._tapes[precision] = _native.Tape(self._engine, precision)
+        per_layer = rows * activation_bytes(self.spec, lora.rank * len(lora.targets), precision)
+        kept = min(self.spec.layers, budget // max(per_layer, 1))
+        for layer in range(self.spec.layers):
+            # the last layers: what is kept longest is needed first
+            tape.keep(layer, layer >= self.spec.layers - kept)
+        return tape
+
+    # ---- plumbing ------------------------------------------------------------------------------------------------------
+
+    def _embed(self, tokens: Int32) -> Float32:
+        x = np.zeros((len(tokens), _padded(self.spec.width)), np.float32)
+        self._engine.embed(tokens, x)
+        return x
+
+    @staticmethod
+    def _batch(
+        counts: list[int], positions: list[int], pages: list[list[int]], loras: Sequence[_native.LoraSet | None]
+    ) -> _native.Batch:
+        starts = np.cumsum([0, *counts], dtype=np.int32)
+        page_starts = np.cumsum([0, *map(len, pages)], dtype=np.int32)
+        flat = np.asarray([page for table in pages for page in table], np.int32)
+        return _native.Batch(starts, np.asarray(positions, np.int32), page_starts, flat, list(loras))
+
+
+def activation_bytes(spec: ModelSpec, ranks: int, precision: str = "bf16") -> int:
+    """Bytes that the tape keeps for one row of one layer."""
+    element = 2 if precision == "bf16" else 4
+    heads = spec.heads * spec.head_dim
+    kept = 2 * spec.width + 2 * heads + 2 * spec.kv_heads * spec.head_dim + 2 * spec.ffn
+    return element * kept + 4 * (spec.heads + ranks)
+
+
+def _configure(threads: int | None) -> None:
+    wanted = os.environ.get(settings.CPU_VARIABLE)
+    if wanted:
+        try:
+            _native.set_level(wanted)
+        except ValueError as error:
+            raise InputError(f"{settings.CPU_VARIABLE}: {error}") from None
+    _native.set_threads(threads or settings.threads())
+
+
+def _build_engine(spec: ModelSpec, weights: Weights) -> _native.Engine:
+    rope = spec.rope
+    engine = _native.Engine(
+        layers=spec.layers,
+        width=spec.width,
+        heads=spec.heads,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        ffn=spec.ffn,
+        vocab=spec.vocab,
+        context=spec.context,
+        window=0,
+        eps=spec.norm_eps,
+        interleaved=rope.interleaved,
+        inv_freq=np.ascontiguousarray(rope.inv_freq, np.float32),
+        rope_magnitude=rope.magnitude,
+    )
+    tensors = weights.tensors
+    try:
+        for layer in range(spec.layers):
+            for index, target in enumerate(TARGETS):
+                tensor = tensors[f"blk.{layer}.{target}"]
+                engine.set_linear(layer, index, tensor.format, tensor.data)
+            for which, name in enumerate(("attn_norm", "mlp_norm")):
+                engine.set_norm(layer, which, tensors[f"blk.{layer}.{name}"].data.view(np.float32))
+        engine.set_norm(0, 2, tensors["final_norm"].data.view(np.float32))
+        embed = tensors["embed"]
+        head = embed if spec.tied_head else tensors["head"]
+        engine.set_table(False, embed.format, embed.data)
+        engine.set_table(True, head.format, head.data)
+    except ValueError as error:
+        raise ModelError(f"{spec.name}: {error}", code="E_SHAPE") from None
+    return engine
+
+
+def _weighted(pack: Rows, begin: int, end: int) -> Int32:
+    return (np.flatnonzero(pack.weights[begin:end]) + begin).astype(np.int32)
+
+
+def _finite(logp: Float32) -> Float32:
+    if not np.isfinite(logp).all():
+        raise NonFiniteError(f"{int((~np.isfinite(logp)).sum())} of {len(logp)} log-probabilities are NaN or infinite")
+    return logp
+
+
+def _padded(count: int) -> int:
+    return -(-count // 32) * 32
