@@ -8,6 +8,8 @@ control string together with its neighbour. Tokenization removes the guard after
 from __future__ import annotations
 
 import re
+from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 from nomoat.errors import TemplateError
@@ -22,7 +24,7 @@ def unused_characters(count: int, *values: Any) -> list[str]:
     for text in _strings(list(values)):
         for match in _USED.findall(text):
             used.add(ord(match) if len(match) == 1 else int(match[2:], 16))
-    free = [chr(code) for code in _PRIVATE if code not in used][:count]
+    free = list(islice((chr(code) for code in _PRIVATE if code not in used), count))
     if len(free) < count:
         raise TemplateError("the text uses every private-use character of Unicode", code="E_LIMIT")
     return free
@@ -33,11 +35,9 @@ class Guard:
 
     def __init__(self, control_strings: tuple[str, ...], mark: str) -> None:
         self.mark = mark
-        self._inside = re.compile("|".join(re.escape(s) for s in sorted(control_strings, key=len, reverse=True)))
-        self._heads = frozenset(s[:n] for s in control_strings for n in range(1, len(s)))
-        self._tails = frozenset(s[n:] for s in control_strings for n in range(1, len(s)))
-        self._longest = max(map(len, control_strings), default=1)
         self._any = bool(control_strings)
+        self._inside, self._heads, self._tails = _parts(control_strings)
+        self._longest = max(map(len, control_strings), default=1)
 
     def __call__(self, value: Any) -> Any:
         """`value` with all its texts guarded; lists and dictionaries are copied."""
@@ -62,6 +62,15 @@ class Guard:
         if any(core[:n] in self._tails for n in lengths):
             text = text[:begin] + self.mark + text[begin:]
         return text
+
+
+@lru_cache(maxsize=4)
+def _parts(control_strings: tuple[str, ...]) -> tuple[re.Pattern[str], frozenset[str], frozenset[str]]:
+    """A pattern that finds any control string; all their proper beginnings; all their proper ends."""
+    inside = re.compile("|".join(re.escape(s) for s in sorted(control_strings, key=len, reverse=True)))
+    heads = frozenset(s[:n] for s in control_strings for n in range(1, len(s)))
+    tails = frozenset(s[n:] for s in control_strings for n in range(1, len(s)))
+    return inside, heads, tails
 
 
 def _strings(values: list[Any]) -> list[str]:

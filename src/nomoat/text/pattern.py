@@ -18,7 +18,7 @@ _TOKEN = re.compile(
     r"|(?P<repeat>(?:[*+?]|\{\d*(?:,\d*)?\})[?+]?)"
     r"|(?P<either>\|)"
     r"|(?P<set>\[)"
-    r"|(?P<other>.)",
+    r"|(?P<other>[^\\])",
     re.DOTALL,
 )
 

@@ -30,7 +30,6 @@ from nomoat.errors import TemplateError
 
 MAX_SOURCE = 1 << 18  # characters of a template; the largest known one has 17 thousand
 MAX_STEPS = 1_000_000
-MAX_SECONDS = 1.0
 MAX_SIZE = 1 << 20  # characters of output, and characters + elements of any value
 MAX_RANGE = 100_000
 MAX_INT_BITS = 256
@@ -54,11 +53,12 @@ _FILTERS = (
 
 
 class Budget:
-    """What one rendering may still spend; `marks` surround what stands in `{% generation %}` blocks."""
+    """What one rendering may still spend. `marks` surround what stands in `{% generation %}` blocks; `guard` is never escaped."""
 
-    def __init__(self, *, marks: tuple[str, str] = ("", ""), steps: int = MAX_STEPS, seconds: float = MAX_SECONDS) -> None:
+    def __init__(self, *, marks: tuple[str, str] = ("", ""), guard: str = "", seconds: float) -> None:
         self.marks = marks
-        self.steps = steps
+        self.guard = guard
+        self.steps = MAX_STEPS
         self.seconds = seconds
         self.deadline = time.monotonic() + seconds
         self.output = 0
@@ -366,4 +366,7 @@ def _tojson(
     if separators is not None and sum(map(len, separators)) > 16:
         raise _over("gives `tojson` separators of more than 16 characters")
     text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    budget = _budget.get()
+    if ensure_ascii and budget is not None and budget.guard:
+        text = text.replace(json.dumps(budget.guard)[1:-1], budget.guard)
     return str(check_size(text))

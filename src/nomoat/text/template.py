@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -37,10 +38,12 @@ class Segment:
 class ChatTemplate:
     """A compiled template. Raises TemplateError if it does not compile, is too long, or reads other templates.
 
-    `clock` is what `strftime_now` shows. Several threads may use one object.
+    `clock` is what `strftime_now` shows; a rendering may take `seconds`. Several threads may use one object.
     """
 
-    def __init__(self, source: str, *, bos_token: str = "", eos_token: str = "", clock: datetime = CLOCK) -> None:
+    def __init__(
+        self, source: str, *, bos_token: str = "", eos_token: str = "", clock: datetime = CLOCK, seconds: float = 1.0
+    ) -> None:
         from nomoat.text.sandbox import MAX_SOURCE, Environment
 
         if len(source) > MAX_SOURCE:
@@ -52,6 +55,7 @@ class ChatTemplate:
         self.source = source
         self.bos_token = bos_token
         self.eos_token = eos_token
+        self._seconds = seconds
         environment = Environment()
         environment.globals["strftime_now"] = _strftime(clock)
         self._template = _guarded(lambda: environment.from_string(source), "does not compile")
@@ -69,7 +73,7 @@ class ChatTemplate:
 
         Raises TemplateError: malformed messages, an error in the template (also one that it raises itself), limits exceeded.
         """
-        return self._render(messages, tools, add_generation_prompt, variables, ("", ""))
+        return self._render(messages, tools, add_generation_prompt, variables)
 
     def encode(
         self,
@@ -84,7 +88,7 @@ class ChatTemplate:
         variables are encoded as plain text. BOS is added only by the template."""
         (mark,) = unused_characters(1, self.source, messages, tools, variables)
         guard = Guard(tokenizer.added.control_strings, mark)
-        text = self._render(guard(messages), guard(tools), add_generation_prompt, guard(variables), ("", ""))
+        text = self._render(guard(messages), guard(tools), add_generation_prompt, guard(variables), guard=mark)
         return tokenizer.encode(text, parse_special=True, add_bos=False, guard=mark)
 
     def segments(
@@ -102,13 +106,15 @@ class ChatTemplate:
         template say; without them, what the template adds when message i follows a prompt made of the messages before it.
         Raises TemplateError E_PREFIX if the template does not render a conversation as an extension of its beginning.
         """
+        _check_messages(messages)
         answers = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
         mark, opening, closing = unused_characters(3, self.source, messages, tools, variables)
         guard = Guard(tokenizer.added.control_strings, mark)
         safe, safe_tools, safe_variables = guard(messages), guard(tools), guard(variables)
 
+        @cache
         def text(count: int, prompt: bool, marks: tuple[str, str] = ("", "")) -> str:
-            return self._render(safe[:count], safe_tools, prompt, safe_variables, marks)
+            return self._render(safe[:count], safe_tools, prompt, safe_variables, marks=marks, guard=mark)
 
         cuts = None
         if self._marks_answers:
@@ -137,7 +143,9 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None,
         add_generation_prompt: bool,
         variables: Mapping[str, Any],
-        marks: tuple[str, str],
+        *,
+        marks: tuple[str, str] = ("", ""),
+        guard: str = "",
     ) -> str:
         from nomoat.text.sandbox import Budget, check_size
 
@@ -149,7 +157,7 @@ class ChatTemplate:
         context.update(messages=list(messages), tools=list(tools) if tools else None, add_generation_prompt=add_generation_prompt)
         check_size(context)
         context.update(bos_token=self.bos_token, eos_token=self.eos_token)
-        return _guarded(lambda: self._run(context, Budget(marks=marks)), "fails")
+        return _guarded(lambda: self._run(context, Budget(marks=marks, guard=guard, seconds=self._seconds)), "fails")
 
     def _run(self, context: dict[str, Any], budget: Budget) -> str:
         from nomoat.text.sandbox import MAX_SIZE, restore, spend

@@ -109,26 +109,27 @@ class Tokenizer:
         after control tokens have been found: who puts it inside a control string makes that an ordinary text.
         Raises InputError E_UTF8 for a lone surrogate.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            code = ord(text[error.start])
+            raise InputError(
+                f"the text has a lone surrogate (U+{code:04X}) and cannot be written as UTF-8; replace or remove it",
+                code="E_UTF8",
+            ) from None
         wants_bos = (self.add_bos and not continues) if add_bos is None else add_bos
         ids = [self.bos_id] if wants_bos and self.bos_id is not None else []
         prefix = self._vocabulary.space_prefix
         spaced = prefix != SpacePrefix.NEVER and not continues
-        try:
-            for piece in self._cut(text, parse_special, guard):
-                if isinstance(piece, int):
-                    ids.append(piece)
-                    spaced = prefix == SpacePrefix.PIECES
-                    continue
-                if spaced and not (self._prefix_once and piece.startswith((" ", SPACE))):
-                    piece = " " + piece
-                ids.extend(self._plain.encode(piece, add_special_tokens=False).ids)
-                spaced = False
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"the text has a lone surrogate (U+{ord(error.object[error.start]):04X}) and cannot be written as UTF-8; "
-                "replace or remove it",
-                code="E_UTF8",
-            ) from None
+        for piece in self._cut(text, parse_special, guard):
+            if isinstance(piece, int):
+                ids.append(piece)
+                spaced = prefix == SpacePrefix.PIECES
+                continue
+            if spaced and not (self._prefix_once and piece.startswith((" ", SPACE))):
+                piece = " " + piece
+            ids.extend(self._plain.encode(piece, add_special_tokens=False).ids)
+            spaced = False
         return ids
 
     def _cut(self, text: str, control: bool, guard: str) -> Iterator[str | int]:
