@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from tiny import tiny_llama
 
 pytest.importorskip("nomoat._native")
 
+from nomoat import _native
 from nomoat.engine.generate import Sampling, generate, stream
+from nomoat.engine.kv import Sequence
 from nomoat.engine.lora import TrainableLora
 from nomoat.engine.model import Model
 from nomoat.engine.stack import Stack
@@ -65,33 +68,84 @@ def test_a_pack_does_not_depend_on_its_neighbours(model: Model, precision: str, 
         np.testing.assert_array_equal(found, np.concatenate([alone[i] for i in order]))
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_threads_do_not_change_forward(path: Path, model: Model, precision: str) -> None:
+def forward_bits(model: Model, precision: str) -> list[bytes]:
     pack = random_pack(model.spec.vocab, (33, 7, 12), seed=3)
-    for threads in (2, 3):
-        other = Model.load(path, threads=threads)
-        for mine, theirs in zip(stacks_of(model), stacks_of(other), strict=True):
-            np.testing.assert_array_equal(
-                other.logits(TOKENS, stack=theirs, precision=precision), model.logits(TOKENS, stack=mine, precision=precision)
-            )
-            np.testing.assert_array_equal(
-                other.logprobs(pack, stack=theirs, precision=precision), model.logprobs(pack, stack=mine, precision=precision)
-            )
+    found = []
+    for stack in stacks_of(model):
+        found += [model.logits(TOKENS, stack=stack, precision=precision), model.logprobs(pack, stack=stack, precision=precision)]
+    return [array.tobytes() for array in found]
 
 
-def train_bits(model: Model, pack: Pack, precision: str) -> tuple[bytes, bytes]:
+def train_bits(model: Model, pack: Pack, precision: str) -> list[bytes]:
     trained = Trained(TrainableLora(model.spec, rank=4, alpha=8.0), seed=1)
     _, logp = trained.gradients(model, pack, precision)
-    return logp.tobytes(), b"".join(np.ascontiguousarray(gradient).tobytes() for gradient in trained.lora.gradients)
+    return [np.ascontiguousarray(array).tobytes() for array in (logp, *trained.lora.gradients)]
 
 
+@pytest.fixture
+def one_thread_after() -> Iterator[None]:
+    """The thread count belongs to the process: `Model.load(threads=...)` sets it for every model."""
+    yield
+    _native.set_threads(1)
+
+
+@pytest.mark.usefixtures("one_thread_after")
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_threads_do_not_change_forward(path: Path, precision: str) -> None:
+    alone = forward_bits(Model.load(path, threads=1), precision)
+    for threads in (2, 3, 8):
+        assert forward_bits(Model.load(path, threads=threads), precision) == alone
+
+
+@pytest.mark.usefixtures("one_thread_after")
 @pytest.mark.parametrize("precision", ["f32", "bf16"])
-def test_threads_and_repetition_do_not_change_gradients(path: Path, model: Model, precision: str) -> None:
+def test_threads_and_repetition_do_not_change_gradients(path: Path, precision: str) -> None:
+    model = Model.load(path, threads=1)
     pack = random_pack(model.spec.vocab, (33, 7, 12, 1), seed=4)
-    first = train_bits(model, pack, precision)
-    assert train_bits(model, pack, precision) == first
-    for threads in (2, 3):
-        assert train_bits(Model.load(path, threads=threads), pack, precision) == first
+    alone = train_bits(model, pack, precision)
+    assert train_bits(model, pack, precision) == alone
+    for threads in (2, 3, 8):
+        assert train_bits(Model.load(path, threads=threads), pack, precision) == alone
+
+
+@pytest.mark.usefixtures("one_thread_after")
+def test_threads_do_not_change_the_real_model(smollm2: Path) -> None:
+    """Matrices large enough that every kernel splits its work."""
+    found = []
+    for threads in (1, 2):
+        model = Model.load(smollm2, threads=threads)
+        tokens = model.tokenizer.encode("Same bits on one thread and on two: " * 4)
+        pack = random_pack(model.spec.vocab, (20, 13), seed=6)
+        bits = train_bits(model, pack, "bf16")
+        found.append([model.logits(tokens[:1]).tobytes(), model.logits(tokens).tobytes(), *bits])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_prefill_chunks_and_neighbours_do_not_change_a_row(model: Model, precision: str) -> None:
+    """One step holds chunks of two prompts with different adapters and a decode row; each row is what it is alone."""
+    stacks = stacks_of(model)
+    first, second, third = TOKENS[:23], TOKENS[5:40], TOKENS[2:9]
+    expected = [model.logits(t, stack=s, precision=precision) for t, s in zip((first, second, third), stacks, strict=True)]
+    a, b, c = Sequence(), Sequence(), Sequence()
+    steps = [[(a, 10, 0), (b, 1, 1)], [(b, 16, 1), (c, 7, 2), (a, 3, 0)], [(a, 1, 0), (b, 17, 1)], [(b, 1, 1), (a, 9, 0)]]
+    texts = {0: first, 1: second, 2: third}
+    found: dict[int, list[np.ndarray]] = {0: [], 1: [], 2: []}
+    for step in steps:
+        segments = []
+        for sequence, count, which in step:
+            begin = len(sequence.tokens)
+            segments.append((sequence, texts[which][begin : begin + count], stacks[which]))
+        x = model.forward(segments, precision=precision)
+        logits = model.head(x, range(len(x)), precision=precision)
+        row = 0
+        for _, count, which in step:
+            found[which].append(logits[row : row + count])
+            row += count
+    for sequence in (a, b, c):
+        model.pool(precision).cut(sequence, 0)
+    for which, rows in found.items():
+        np.testing.assert_array_equal(np.concatenate(rows), expected[which])
 
 
 @pytest.mark.parametrize("precision", ["f32", "bf16"])
