@@ -159,7 +159,7 @@ def test_command_for_people(base: str, rows: Path, capsys: pytest.CaptureFixture
     text = capsys.readouterr().out
     for part in ("40 used", "[[", "plan: 38 rows to learn, 2 held out; 3 steps", "before: loss", "step 3/3", "after: loss", "+t"):
         assert part in text
-    assert main(["adapters", "list"]) == 0
+    assert main(["adapters"]) == 0
     assert "tiny" in capsys.readouterr().out
     assert main(["adapters", "show", "t"]) == 0
     shown = capsys.readouterr().out

@@ -10,15 +10,17 @@ import click
 from nomoat.errors import AdapterError, printable
 
 
-@click.group("adapters")
-def command() -> None:
-    """List, show and remove adapters.
+@click.group("adapters", invoke_without_command=True)
+@click.pass_context
+def command(context: click.Context) -> None:
+    """List, show and remove adapters. Alone, it lists them.
 
     \b
-    nomoat adapters list
     nomoat adapters show tickets
     nomoat adapters rm tickets
     """
+    if context.invoked_subcommand is None:
+        context.invoke(list_command, as_json=False)
 
 
 @command.command("list")

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from nomoat.engine.model import ACTIVATION_BUDGET
 from nomoat.engine.stack import Adapter, Float32, Stack
 from nomoat.errors import NonFiniteError, ResourceError
 from nomoat.models.spec import ModelSpec
 from nomoat.train.objectives import sft
 from nomoat.train.optimizer import AdamW
-from nomoat.train.plan import ACTIVATION_BUDGET, TrainOptions
+from nomoat.train.plan import TrainOptions
 from nomoat.train.schedule import learning_rate
 
 if TYPE_CHECKING:

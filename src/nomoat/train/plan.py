@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from nomoat.engine.model import ACTIVATION_BUDGET
 from nomoat.errors import InputError, ResourceError, printable
 from nomoat.hub import fit
 from nomoat.hub.fit import Machine
@@ -15,8 +16,6 @@ from nomoat.models.spec import TARGETS, ModelSpec
 DEFAULT_LEARNING_RATES = ((300e6, 1e-3), (1.5e9, 5e-4), (4e9, 3e-4), (math.inf, 2e-4))
 
 MAX_STEPS = 10_000_000
-#: Activations kept for backward, at most; beyond it, computing them again is cheaper than the memory.
-ACTIVATION_BUDGET = 384 << 20
 
 
 @dataclass(frozen=True)

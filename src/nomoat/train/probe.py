@@ -10,10 +10,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from nomoat.engine.model import ACTIVATION_BUDGET
 from nomoat.engine.stack import Stack
 from nomoat.errors import NonFiniteError
 from nomoat.train.loop import Batches, Lora, Report, TrainableModel, Trainer, validation_loss
-from nomoat.train.plan import ACTIVATION_BUDGET, TrainOptions
+from nomoat.train.plan import TrainOptions
 
 if TYPE_CHECKING:
     from nomoat.data.pack import Pack
