@@ -13,6 +13,7 @@ from nomoat.errors import InputError, ModelError, NotFoundError
 from nomoat.text.pattern import check_pattern
 from nomoat.text.pretokenizers import DIGITS, GPT2, NUMBERS, PRE_TOKENIZERS, PUNCTUATION
 from nomoat.text.tokenizer import BYTE_OF, Tokenizer
+from nomoat.text.tokenizer_json import template_source
 
 Json = dict[str, Any]
 BYTES = list(BYTE_OF)
@@ -122,7 +123,7 @@ def test_names_come_from_the_configuration_files(tmp_path: Path) -> None:
         config={"eos_token_id": 256},
     )
     tokenizer = Tokenizer.from_folder(tmp_path)
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.eos_ids) == (260, 259, {259, 261, 256})
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.eos_ids) == (260, 259, frozenset({259, 261, 256}))
     assert tokenizer.encode("h") == [260, BYTES.index("h")]
     assert tokenizer.vocab_size == 262
 
@@ -277,3 +278,51 @@ def test_checking_a_pattern_takes_no_time() -> None:
         except InputError:
             pass
         assert time.process_time() - begin < 0.5
+
+
+JUNK: list[Any] = [None, -1, "x", [1], [{}], {"type": []}, {"type": "Sequence"}]
+
+
+def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Paths of all nodes, of the vocabulary only the first two tokens."""
+    if isinstance(value, dict):
+        children = list(value.items())[: 2 if "he" in value or "▁a" in value else None]
+    else:
+        children = list(enumerate(value))[:3] if isinstance(value, list) else []
+    return [path, *(place for key, child in children for place in _places(child, (*path, key)))]
+
+
+def _replaced(root: Any, path: tuple[Any, ...], value: Any) -> Any:
+    if not path:
+        return value
+    copy = json.loads(json.dumps(root))
+    node = copy
+    for key in path[:-1]:
+        node = node[key]
+    node[path[-1]] = value
+    return copy
+
+
+@pytest.mark.parametrize("layout", ["split", "llama 2", "metaspace first"])
+def test_any_field_may_be_anything(tmp_path: Path, layout: str) -> None:
+    """Junk in every place, one at a time: it loads, or it is one typed error."""
+    refused = 0
+    for path in _places(LAYOUTS[layout]):
+        for junk in JUNK:
+            try:
+                Tokenizer.from_folder(save(tmp_path, _replaced(LAYOUTS[layout], path, junk))).encode("a b")
+            except InputError:
+                refused += 1
+    assert refused > 100
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config", "special_tokens_map", "generation_config", "config"])
+def test_any_name_may_be_anything(tmp_path: Path, name: str) -> None:
+    for key in ("bos_token", "eos_token", "eos_token_id", "add_bos_token", "chat_template"):
+        for junk in JUNK:
+            save(tmp_path, byte_level(), **{name: {key: junk}})
+            try:
+                Tokenizer.from_folder(tmp_path)
+            except InputError as error:
+                assert error.code in ("E_RANGE", "E_TYPE")  # noqa: PT017 - loading is right too
+            assert isinstance(template_source(tmp_path), str | None)

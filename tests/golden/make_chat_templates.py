@@ -56,7 +56,7 @@ def make(folder: Path) -> dict[str, dict[str, str]]:
     """template file -> conversation -> sha256 of the text, or the kind of error."""
     from transformers.utils import chat_template_utils
 
-    chat_template_utils.datetime = _Clock  # type: ignore[attr-defined]
+    vars(chat_template_utils)["datetime"] = _Clock
     compile_template = chat_template_utils._compile_jinja_template
     made: dict[str, dict[str, str]] = {}
     for path in sorted(folder.glob("*.jinja")):

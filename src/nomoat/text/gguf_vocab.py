@@ -44,9 +44,9 @@ def tokenizer_from_gguf(file: GgufFile) -> Tokenizer:
     tokens, types = _tokens(file)
     pre = pretokenizers.pre_tokenizer_spec(file.get_str("tokenizer.ggml.pre", default="(none)")) if byte_level else None
     added = tuple(
-        AddedToken(i, text, control=kind == TokenType.CONTROL)
-        for i, (text, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind in (TokenType.CONTROL, TokenType.USER_DEFINED) and text
+        AddedToken(i, tokens[i], control=types[i] == TokenType.CONTROL)
+        for i in _of_type(types, TokenType.CONTROL, TokenType.USER_DEFINED)
+        if tokens[i]
     )
     spaced = not byte_level and file.get_bool("tokenizer.ggml.add_space_prefix", default=True)
     vocabulary = Vocabulary(
@@ -101,8 +101,17 @@ def _sentencepiece(file: GgufFile, vocabulary: Vocabulary) -> tokenizers.Tokeniz
 
 def _ids(vocabulary: Vocabulary) -> dict[str, int]:
     """Tokens that plain text may turn into: all but the control tokens, and of equal texts the last, as llama.cpp does."""
-    hidden = (TokenType.CONTROL, TokenType.UNKNOWN)
-    return {text: i for i, (text, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True)) if kind not in hidden}
+    tokens = vocabulary.tokens
+    ids = dict(zip(tokens, range(len(tokens)), strict=True))
+    for i in _of_type(vocabulary.types, TokenType.CONTROL, TokenType.UNKNOWN):
+        if ids.get(tokens[i]) == i:
+            del ids[tokens[i]]
+    return ids
+
+
+def _of_type(types: bytes, *kinds: TokenType) -> list[int]:
+    """Ids of the tokens of these types, ascending."""
+    return [match.start() for match in re.finditer(b"[%s]" % bytes(kinds), types)]
 
 
 def _tokens(file: GgufFile) -> tuple[list[str], bytes]:
@@ -121,10 +130,11 @@ def _tokens(file: GgufFile) -> tuple[list[str], bytes]:
     if max(map(len, tokens)) > MAX_TOKEN_CHARS:
         longest = max(range(len(tokens)), key=lambda i: len(tokens[i]))
         _fail(file, "E_LIMIT", f"token {longest} has {len(tokens[longest]):,} characters: expected at most {MAX_TOKEN_CHARS:,}")
-    if "" in tokens and types[tokens.index("")] == TokenType.NORMAL:
-        _fail(file, "E_TYPE", f"token {tokens.index('')} is empty")
+    empty = next((i for i, text in enumerate(tokens) if not text and types[i] == TokenType.NORMAL), None)
+    if empty is not None:
+        _fail(file, "E_TYPE", f"token {empty} is empty")
     seen: set[int] = set()
-    for i in (i for i, kind in enumerate(types) if kind == TokenType.BYTE):
+    for i in _of_type(types, TokenType.BYTE):
         if not BYTE_TOKEN.fullmatch(tokens[i]):
             _fail(file, "E_TYPE", f"byte token {i} is `{printable(tokens[i][:20])}`: expected <0x00> to <0xFF>")
         value = int(tokens[i][3:5], 16)

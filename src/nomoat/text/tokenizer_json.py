@@ -3,6 +3,8 @@
 Added tokens are found by `added.py` and spaces are put before text by `Tokenizer`, so that control strings in plain text stay
 plain and a text can be continued; both are taken out of the file before the `tokenizers` library sees it. What remains runs
 there: normalizer, pre-tokenizer, merges. Its regular expressions run on a backtracking engine, hence `pattern.py`.
+
+Added tokens are looked for in the text as given: their flag `normalized` is ignored.
 """
 
 from __future__ import annotations
@@ -156,7 +158,7 @@ def _take_space_prefix(root: Json) -> tuple[SpacePrefix, bool]:
             scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
             step.pop("add_prefix_space", None)
             step["prepend_scheme"] = "never"
-            return {"always": SpacePrefix.PIECES, "first": SpacePrefix.START}.get(scheme, SpacePrefix.NEVER), True
+            return {"always": SpacePrefix.PIECES, "first": SpacePrefix.START}.get(str(scheme), SpacePrefix.NEVER), True
     sole = root.get("pre_tokenizer")
     if isinstance(sole, dict) and sole.get("type") == "ByteLevel" and sole.get("add_prefix_space"):
         sole["add_prefix_space"] = False
@@ -176,9 +178,14 @@ def _steps(step: Any) -> Iterator[Json]:
 
 
 def _check_steps(path: Path, root: Any, known: set[str], where: str) -> None:
+    if root is not None and not isinstance(root, dict):
+        _fail(path, "E_TYPE", f"{where}: expected an object")
     for step in _steps(root):
         kind = step.get("type")
-        if kind not in known:
+        children = step.get("normalizers", step.get("pretokenizers", []))
+        if not isinstance(children, list) or not all(isinstance(child, dict) for child in children):
+            _fail(path, "E_TYPE", f"{where}: a sequence has a step that is not an object")
+        if not isinstance(kind, str) or kind not in known:
             _fail(path, "E_TYPE", f"{where}: `{printable(str(kind)[:40])}` is not known (known: {', '.join(sorted(known))})")
         pattern = step.get("pattern")
         if isinstance(pattern, dict) and isinstance(pattern.get("Regex"), str):
@@ -203,7 +210,7 @@ def _puts_first(root: Json, bos: int | None) -> bool:
         first = single[0].get("SpecialToken") if isinstance(single, list) and single and isinstance(single[0], dict) else None
         special = item.get("special_tokens")
         if isinstance(first, dict) and isinstance(special, dict):
-            entry = special.get(first.get("id"))
+            entry = special.get(str(first.get("id")))
             found |= isinstance(entry, dict) and entry.get("ids") == [bos]
     return found
 
