@@ -20,7 +20,8 @@ from nomoat.data.readers import read_examples
 from nomoat.errors import InputError, NomoatError
 from nomoat.evals.run import evaluate
 from nomoat.hub.fit import Machine
-from nomoat.train.job import TrainResult
+from nomoat.train.checkpoint import Checkpoints
+from nomoat.train.job import Job, TrainResult
 from tiny import tiny_llama
 
 ANSWERS = ("red", "green", "blue", "tin")
@@ -109,6 +110,28 @@ def test_same_bytes_again_with_other_threads_and_after_an_interruption(base: str
     with pytest.raises(InputError, match=r"options\.rank: 8 then, 4 now"):
         nomoat.train(base, rows, name="three", metric="none", resume=True, **(OPTIONS | {"rank": 4}))
     assert digest(nomoat.train(base, rows, name="three", metric="none", resume=True, threads=1, **OPTIONS)) == one
+
+
+def test_a_kill_between_saving_and_tidying_up(base: str, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(self: Checkpoints) -> None:
+        raise Killed
+
+    arguments: dict[str, Any] = {"name": "a", "metric": "none"} | OPTIONS | {"epochs": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(Job, "_find_checkpoint", lambda self: None)
+        patch.setattr(Checkpoints, "clear", kill)
+        with pytest.raises(Killed):
+            nomoat.train(base, rows, **arguments)
+    weights = settings.adapters_dir() / "a" / "adapter_model.safetensors"
+    saved = weights.read_bytes()
+    assert nomoat.train(base, rows, resume=True, **arguments).path == weights.parent
+    assert weights.read_bytes() == saved
+    for resume in (False, True):
+        with pytest.raises(InputError, match="an adapter named a exists"):
+            nomoat.train(base, rows, resume=resume, **arguments)
 
 
 def test_resume_with_other_rows_is_refused(base: str, rows: Path, tmp_path: Path) -> None:

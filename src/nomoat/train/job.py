@@ -16,12 +16,12 @@ from nomoat.adapters import store
 from nomoat.adapters.package import Manifest, save_adapter
 from nomoat.adapters.stack import parse_model_name
 from nomoat.data.pack import Pack, batches
-from nomoat.engine.stack import Stack
+from nomoat.engine.stack import Adapter, Stack
 from nomoat.errors import InputError, ResourceError
 from nomoat.hub.lock import exclusive
 from nomoat.train.checkpoint import Checkpoint, Checkpoints
 from nomoat.train.interrupt import Interruption
-from nomoat.train.loop import Batches, Lora, Report, Trainer
+from nomoat.train.loop import Batches, Lora, Progress, Report, Trainer
 from nomoat.train.plan import Plan, TrainOptions, default_learning_rate
 from nomoat.train.prepare import Prepared
 from nomoat.train.probe import probe, probe_steps
@@ -69,6 +69,18 @@ class TrainResult:
             "peak_rss_mb": round(self.peak_rss_mb, 1),
             "interrupted": self.interrupted,
         }
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the loop leaves. `adapter` is None and `interrupted` the signal if it was stopped; `tokens` of this session."""
+
+    adapter: Adapter | None
+    progress: Progress
+    rate: float | None
+    tokens: int
+    seconds: float
+    interrupted: int | None
 
 
 class Job:
@@ -126,38 +138,30 @@ class Job:
             self.log.flush()
 
     def run(self, metric: str | None, score_rows: int) -> TrainResult:
-        from nomoat.engine.lora import TrainableLora
-
-        o = self.options
         checkpoint = self._find_checkpoint()
         before = None if metric is None else self._score("before", metric, score_rows, self.stack)
-        lora = TrainableLora(self.model.spec, rank=o.rank, alpha=o.alpha, targets=o.targets, seed=o.seed, base=self.stack)
-        with Interruption() as interruption:
-            began = time.monotonic()
-            trainer, finished = self._train(lora, checkpoint, interruption)
-            seconds = time.monotonic() - began
-        progress = trainer.progress
+        trained = self._train(checkpoint)
         result = TrainResult(
             self.name,
             None,
             self.plan,
             metric=metric,
             before=before,
-            learning_rate=trainer.peak_rate or None,
-            validation_loss=progress.best_loss,
-            best_step=progress.best_step,
-            train_seconds=seconds,
-            tokens_per_second=trainer.tokens / max(seconds, 1e-9),
-            interrupted=None if finished else interruption.signal,
+            learning_rate=trained.rate,
+            validation_loss=trained.progress.best_loss,
+            best_step=trained.progress.best_step,
+            train_seconds=trained.seconds,
+            tokens_per_second=trained.tokens / max(trained.seconds, 1e-9),
+            interrupted=trained.interrupted,
         )
-        if not finished:
-            self.report({"event": "interrupted", "step": progress.step, "steps": self.plan.steps})
+        if trained.adapter is None:
+            self.report({"event": "interrupted", "step": trained.progress.step, "steps": self.plan.steps})
             return replace(result, peak_rss_mb=peak_rss_bytes() / 2**20)
-        adapter = lora.to_adapter()
-        stack = Stack(self.model.spec, [*(() if self.stack is None else self.stack.adapters), (adapter, 1.0)])
+        stack = Stack(self.model.spec, [*(() if self.stack is None else self.stack.adapters), (trained.adapter, 1.0)])
         after = None if metric is None else self._score("after", metric, score_rows, stack)
         result = replace(result, after=after)
-        path = save_adapter(store.folder(self.name), adapter, self.model.spec, self.manifest(result), replace=self.overwrite)
+        target = store.folder(self.name)
+        path = save_adapter(target, trained.adapter, self.model.spec, self.manifest(result), replace=True)
         self.checkpoints.clear()
         result = replace(result, path=path, peak_rss_mb=peak_rss_bytes() / 2**20)
         self.report({"event": "saved", **result.as_json()})
@@ -180,40 +184,48 @@ class Job:
         self.checkpoints.clear()
         return None
 
-    def _train(self, lora: Lora, checkpoint: Checkpoint | None, interruption: Interruption) -> tuple[Trainer, bool]:
-        """(trainer, whether it came to the end). The learning rate is decided here, or comes out of the checkpoint."""
+    def _train(self, checkpoint: Checkpoint | None) -> Trained:
+        """From the first step, or from a checkpoint, to the end or to an interruption; gives all its memory back."""
+        from nomoat.engine.lora import TrainableLora
+
         o = self.options
+        lora = TrainableLora(self.model.spec, rank=o.rank, alpha=o.alpha, targets=o.targets, seed=o.seed, base=self.stack)
         validation = self.prepared.validation_packs(o)
 
         def epoch(number: int) -> list[list[Pack]]:
             return batches(self.prepared.train, o.batch_sequences, o.max_tokens, o.seed, number)
 
-        trainer = Trainer(
-            self.model,
-            lora,
-            o,
-            peak_rate=0.0,
-            steps=self.plan.steps,
-            batches=epoch,
-            validation=validation,
-            base=self.stack,
-            checkpoints=self.checkpoints,
-            budget=self.plan.activation_bytes,
-            report=self.report,
-            interrupted=interruption,
-        )
-        if checkpoint is not None:
-            trainer.restore(checkpoint)
-            self.report({"event": "resumed", "step": checkpoint.step})
-        else:
-            rate = self._learning_rate(lora, epoch, validation, interruption)
-            if rate is None:
-                return trainer, False
-            trainer.peak_rate = rate
-        finished = trainer.run()
-        if finished:  # so that a kill while the result is being scored loses nothing
-            trainer.checkpoint(final=True)
-        return trainer, finished
+        began = time.monotonic()
+        with Interruption() as interruption:
+            trainer = Trainer(
+                self.model,
+                lora,
+                o,
+                peak_rate=0.0,
+                steps=self.plan.steps,
+                batches=epoch,
+                validation=validation,
+                base=self.stack,
+                checkpoints=self.checkpoints,
+                budget=self.plan.activation_bytes,
+                report=self.report,
+                interrupted=interruption,
+            )
+            if checkpoint is not None:
+                trainer.restore(checkpoint)
+                rate: float | None = trainer.peak_rate
+                self.report({"event": "resumed", "step": checkpoint.step})
+            else:
+                rate = self._learning_rate(lora, epoch, validation, interruption)
+            finished = False
+            if rate is not None:
+                trainer.peak_rate = rate
+                finished = trainer.run()
+            if finished:  # so that a kill while the result is being scored loses nothing
+                trainer.checkpoint(final=True)
+        adapter = lora.to_adapter() if finished else None
+        seconds = time.monotonic() - began
+        return Trained(adapter, trainer.progress, rate, trainer.tokens, seconds, None if finished else interruption.signal)
 
     def _learning_rate(self, lora: Lora, epoch: Batches, validation: Sequence[Pack], interruption: Interruption) -> float | None:
         """As asked; by probe where the run is long enough; else by the model's size. None: interrupted."""

@@ -236,19 +236,19 @@ class Trainer:
         return asdict(self.progress) | {"applied": self.optimizer.applied, "peak_rate": self.peak_rate}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Continues exactly where a checkpoint of the same run was written."""
+        """Continues exactly where a checkpoint of the same run was written. Takes the arrays out of it: memory is short."""
         state = dict(checkpoint.state)
         self.optimizer.applied, self.peak_rate = state.pop("applied"), state.pop("peak_rate")
         self.progress = Progress(**state)
         self.progress.losses = [(step, loss) for step, loss in self.progress.losses]
         if self.progress.best_step is not None:
             self.best = [np.empty_like(parameter) for parameter in self.lora.parameters]
-        _copy_into(self.arrays(), checkpoint.arrays)
+        _move_into(self.arrays(), checkpoint.arrays)
 
 
-def _copy_into(targets: Mapping[str, Float32], sources: Mapping[str, Float32]) -> None:
+def _move_into(targets: Mapping[str, Float32], sources: dict[str, Float32]) -> None:
     for name, target in targets.items():
-        target[...] = sources[name]
+        target[...] = sources.pop(name)
 
 
 def validation_loss(model: TrainableModel, lora: Lora, packs: Sequence[Pack], base: Stack | None) -> float:

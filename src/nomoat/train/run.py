@@ -16,6 +16,7 @@ from nomoat import settings
 from nomoat.adapters import store
 from nomoat.errors import AdapterError, InputError, NotFoundError, printable
 from nomoat.hub.fit import this_machine
+from nomoat.train.checkpoint import Checkpoints
 from nomoat.train.job import RESUMABLE, Job, TrainResult, logged, rss_bytes
 from nomoat.train.loop import Report
 from nomoat.train.plan import TrainOptions, check_resources, make_plan
@@ -57,9 +58,7 @@ def train(
 
     chosen = TrainOptions(**options)
     name = store.check_name(default_name(data) if name is None else name)
-    target = store.folder(name)
-    if target.exists() and not (overwrite or dry_run):
-        raise AdapterError(f"an adapter named {name} exists; choose another --name, or --overwrite it", code="E_DUP")
+    _check_target(name, overwrite=overwrite or dry_run, resume=resume)
     if not allow <= RESUMABLE:
         raise InputError(f"--allow {', '.join(sorted(allow))}: choose from {', '.join(sorted(RESUMABLE))}", code="E_LIMIT")
     for file in (Path(data), *(() if test is None else (Path(test),))):
@@ -89,6 +88,13 @@ def train(
     job = Job(base, name, model, stack, chosen, prepared, plan, tell, overwrite=overwrite, resume=resume, allow=allow)
     with logged(job):
         return job.run(_metric(metric, prepared), score_rows)
+
+
+def _check_target(name: str, *, overwrite: bool, resume: bool) -> None:
+    """Raises AdapterError E_DUP where the name is taken. A run killed between saving and tidying up may be resumed."""
+    unfinished = resume and Checkpoints(settings.runs_dir() / name, {}).exists() is not None
+    if store.folder(name).exists() and not (overwrite or unfinished):
+        raise AdapterError(f"an adapter named {name} exists; choose another --name, or --overwrite it", code="E_DUP")
 
 
 def default_name(data: Path | str) -> str:
