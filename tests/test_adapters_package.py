@@ -101,20 +101,22 @@ def test_permutation_keeps_the_adapted_weight() -> None:
     np.testing.assert_allclose(permuted, parts, atol=1e-5)
     assert np.array_equal(to_huggingface_rows(permuted, "q", SPEC), (w + b @ a).astype(np.float32))
     straight = replace(SPEC, rope=replace(SPEC.rope, interleaved=False))
-    assert np.array_equal(to_base_rows(b, "q", straight), b)
+    assert np.array_equal(to_base_rows(b.astype(np.float32), "q", straight), b.astype(np.float32))
 
 
 def effective(path: Path) -> np.ndarray:
     """scale * B A of the one adapted matrix, v of layer 0."""
     adapter, _ = load_adapter(path, SPEC)
     a, bt, scale = Stack(SPEC, [(adapter, 1.0)])[0, "v"]
-    return (bt.T * scale) @ a
+    found: np.ndarray = (bt.T * scale) @ a
+    return found
 
 
 def product() -> np.ndarray:
     arrays = pair()
     a, b = (arrays[f"{STEM}0.self_attn.v_proj.lora_{side}.weight"] for side in "AB")
-    return b @ a
+    found: np.ndarray = b @ a
+    return found
 
 
 @pytest.mark.parametrize(
@@ -267,15 +269,17 @@ def test_missing_files(tmp_path: Path, name: str) -> None:
 
 def test_a_manifest_that_does_not_match_the_files(tmp_path: Path) -> None:
     path = saved(tmp_path)
-    for change in (lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: data + b"\0"):
+    weights = (path / WEIGHTS).read_bytes()
+    for changed in (weights[:-1] + bytes([weights[-1] ^ 1]), weights + b"\0"):
         copy = shutil.copytree(path, tmp_path / "copy")
-        (copy / WEIGHTS).write_bytes(change((path / WEIGHTS).read_bytes()))
+        (copy / WEIGHTS).write_bytes(changed)
         with pytest.raises(AdapterError) as caught:
             load_adapter(copy, SPEC)
         assert caught.value.code == "E_HASH"
         shutil.rmtree(copy)
     manifest = json.loads((path / MANIFEST).read_text())
-    for files in ({"../../etc/passwd": {"bytes": 1, "sha256": "0" * 64}}, {"README.txt": {}}):
+    listed: list[dict[str, Any]] = [{"../../etc/passwd": {"bytes": 1, "sha256": "0" * 64}}, {"README.txt": {}}]
+    for files in listed:
         (path / MANIFEST).write_text(json.dumps(manifest | {"files": files}))
         with pytest.raises(AdapterError) as caught:
             load_adapter(path, SPEC)

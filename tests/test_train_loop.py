@@ -80,11 +80,16 @@ def test_the_same_run_twice_gives_the_same_bits_and_another_seed_does_not() -> N
 def test_a_step_with_nan_changes_nothing(how: str) -> None:
     model = ToyModel()
     events: list[dict[str, Any]] = []
-    trainer = toy_trainer(model, report=events.append, steps=5, validation=())
+    trainer = toy_trainer(model, steps=5, validation=())
     first_pack_of_step_3 = sum(len(packs) for packs in trainer.batches(0)[:2]) + 1
     setattr(model, how, frozenset({first_pack_of_step_3}))
     states = []
-    trainer.report = lambda event: (events.append(event), states.append({n: a.copy() for n, a in trainer.arrays().items()}))
+
+    def record(event: dict[str, Any]) -> None:
+        events.append(event)
+        states.append({name: array.copy() for name, array in trainer.arrays().items()})
+
+    trainer.report = record
     assert trainer.run()
     assert [event["event"] for event in events] == ["step", "step", "skipped", "step", "step"]
     assert events[2]["gradient_norm"] is None
@@ -109,7 +114,7 @@ def test_three_failures_in_a_row_stop_the_run_and_leave_the_last_checkpoint(tmp_
     assert np.array_equal(good.arrays["parameter.blk.0.o.b"], trainer.lora.parameters[1])
 
 
-def test_an_exploding_gradient_is_not_applied() -> None:
+def test_an_exploding_gradient_is_not_applied(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = toy_trainer(steps=10, validation=(), options={"clip": 0.5})
     honest = trainer.gradients
 
@@ -120,7 +125,7 @@ def test_an_exploding_gradient_is_not_applied() -> None:
             trainer.lora.gradients[1] *= 1e4
         return loss
 
-    trainer.gradients = explode
+    monkeypatch.setattr(trainer, "gradients", explode)
     assert trainer.run()
     assert trainer.progress.skipped == 1
 
@@ -129,12 +134,18 @@ def test_interruption_writes_a_checkpoint_and_resume_is_exact(tmp_path: Path) ->
     whole = toy_trainer()
     whole.run()
     for stop in (1, 14, 15, 31, 59):
-        checkpoints = Checkpoints(tmp_path / str(stop), {"run": 1})
-        first = toy_trainer(checkpoints=checkpoints, options={"checkpoint_seconds": 1e9})
-        first.interrupted = lambda first=first, stop=stop: first.progress.step >= stop
+        seen: list[int] = []
+        arguments: dict[str, Any] = {"options": {"checkpoint_seconds": 1e9}}
+        first = toy_trainer(
+            checkpoints=Checkpoints(tmp_path / str(stop), {"run": 1}),
+            report=lambda event, seen=seen: seen.append(event["step"]),
+            interrupted=lambda seen=seen, stop=stop: stop in seen,
+            **arguments,
+        )
         assert not first.run()
-        second = toy_trainer(checkpoints=Checkpoints(tmp_path / str(stop), {"run": 1}), options={"checkpoint_seconds": 1e9})
-        checkpoint = second.checkpoints.latest()
+        checkpoints = Checkpoints(tmp_path / str(stop), {"run": 1})
+        second = toy_trainer(checkpoints=checkpoints, **arguments)
+        checkpoint = checkpoints.latest()
         assert checkpoint is not None
         assert checkpoint.step == stop
         second.restore(checkpoint)
@@ -209,7 +220,7 @@ def test_probe_is_deterministic_restores_the_adapter_and_finds_the_scale() -> No
     for _ in range(2):
         trainer = toy_trainer()
         before = parameters_digest(trainer)
-        arguments = {"steps": 20, "batches": trainer.batches, "validation": trainer.validation}
+        arguments: dict[str, Any] = {"steps": 20, "batches": trainer.batches, "validation": trainer.validation}
         found.append(probe(trainer.model, trainer.lora, trainer.options, **arguments))
         assert parameters_digest(trainer) == before
     assert found[0] == found[1]

@@ -77,6 +77,8 @@ def test_train_improves_the_score_and_saves_a_package(base: str, rows: Path) -> 
     assert kinds.count("step") == result.plan.steps == 20
     assert all("eta_seconds" in event and "memory_mb" in event for event in events if event["event"] == "step")
     model, stack = open_model(f"{base}+colours")
+    assert result.path is not None
+    assert model.template is not None
     adapter, manifest = load_adapter(result.path, model.spec, base=model.fingerprint)
     assert stack is not None
     assert stack.adapters[0][0].digest == adapter.digest
@@ -156,6 +158,7 @@ def test_an_adapter_on_top_of_an_adapter(base: str, rows: Path) -> None:
     assert result.after.score < result.before.score
     assert (settings.adapters_dir() / "first" / "adapter_model.safetensors").read_bytes() == frozen
     model, _ = open_model(base)
+    assert result.path is not None
     _, manifest = load_adapter(result.path, model.spec)
     assert [(parent["name"], parent["weight"]) for parent in manifest["parents"]] == [("first", 0.5)]
     _, stack = open_model(f"{base}+first@0.5+second")

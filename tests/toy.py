@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from nomoat.adapters.package import save_adapter
+from nomoat.data.mask import Example
 from nomoat.data.pack import Pack, batches, pack
 from nomoat.engine.stack import Adapter, Float32, Stack
 from nomoat.errors import NonFiniteError
@@ -125,44 +126,43 @@ class ToyModel:
     def _logp(self, y: np.ndarray) -> np.ndarray:
         logits = y @ self.head.T
         logits -= logits.max(axis=1, keepdims=True)
-        return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        logp: np.ndarray = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        return logp
 
 
-class ToyExample:
-    """A sequence in which every token but the first is learned; token t is mostly followed by (5 t + 1) mod V."""
-
-    def __init__(self, rng: np.random.Generator, vocab: int) -> None:
+def toy_examples(count: int, seed: int = 7, vocab: int = 32) -> list[Example]:
+    """Sequences in which every token but the first is learned; token t is followed by (5 t + 1) mod V."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
         tokens = [int(rng.integers(vocab))]
         for _ in range(int(rng.integers(4, 12))):
             tokens.append((5 * tokens[-1] + 1) % vocab)
-        self.tokens = np.array(tokens, np.int32)
-        self.weights = np.array([0.0] + [1.0] * (len(tokens) - 1), np.float32)
+        weights = np.array([0.0] + [1.0] * (len(tokens) - 1), np.float32)
+        found.append(Example(np.array(tokens, np.int32), weights))
+    return found
 
 
-def toy_examples(count: int, seed: int = 7, vocab: int = 32) -> list[ToyExample]:
-    rng = np.random.default_rng(seed)
-    return [ToyExample(rng, vocab) for _ in range(count)]
-
-
-def toy_trainer(model: ToyModel | None = None, **changes: object) -> Trainer:
-    """60 steps on 40 examples, 3 epochs of 20 steps; `changes` go to Trainer, except `options` (a dict)."""
+def toy_trainer(model: ToyModel | None = None, *, options: dict[str, Any] | None = None, **changes: Any) -> Trainer:
+    """60 steps on 40 examples, 3 epochs of 20 steps; `changes` go to Trainer."""
     model = model or ToyModel()
-    options = TrainOptions(**{"batch_sequences": 2, "seed": 3, "checkpoint_seconds": 0.0, **dict(changes.pop("options", {}))})
+    chosen = TrainOptions(**({"batch_sequences": 2, "seed": 3, "checkpoint_seconds": 0.0} | (options or {})))
     examples, held_out = toy_examples(40), toy_examples(8, seed=8)
-    arguments = {
+    arguments: dict[str, Any] = {
         "peak_rate": 0.05,
         "steps": 60,
-        "batches": lambda epoch: batches(examples, options.batch_sequences, 32, options.seed, epoch),
+        "batches": lambda epoch: batches(examples, chosen.batch_sequences, 32, chosen.seed, epoch),
         "validation": pack(held_out, 32),
         **changes,
     }
-    return Trainer(model, ToyLora(model.spec), options, **arguments)
+    return Trainer(model, ToyLora(model.spec), chosen, **arguments)
 
 
 def run(folder: Path, output: Path, events: Connection) -> None:
     """One attempt at the whole run, going on from the newest checkpoint; tells of every event. Meant to be killed."""
-    trainer = toy_trainer(checkpoints=Checkpoints(folder, {"run": "toy"}), report=lambda event: events.send(event["event"]))
-    checkpoint = trainer.checkpoints.latest()
+    checkpoints = Checkpoints(folder, {"run": "toy"})
+    trainer = toy_trainer(checkpoints=checkpoints, report=lambda event: events.send(event["event"]))
+    checkpoint = checkpoints.latest()
     if checkpoint is not None:
         trainer.restore(checkpoint)
     trainer.run()
