@@ -11,6 +11,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Before NumPy is imported: the reference model's BLAS threads and the engine's would take turns on the same cores (10x slower).
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 # The oracles live in an environment of their own (`make parity`).
 collect_ignore = [] if importlib.util.find_spec("torch") and importlib.util.find_spec("peft") else ["parity"]
 

@@ -23,7 +23,7 @@ Pair = tuple[npt.NDArray[Any], npt.NDArray[Any]]
 def adapter_of(lora: Lora) -> Adapter:
     """In float32, as the engine and files hold it."""
     a, _, scale = next(iter(lora.values()))
-    tensors = {place: (np.float32(a), np.float32(b)) for place, (a, b, _) in lora.items()}
+    tensors = {place: (a.astype(np.float32), b.astype(np.float32)) for place, (a, b, _) in lora.items()}
     targets = tuple(target for target in TARGETS if any(target == t for _, t in lora))
     return Adapter(rank=a.shape[0], alpha=scale * a.shape[0], targets=targets, tensors=tensors)
 
@@ -71,15 +71,17 @@ class Trained:
         self.lora.zero_grad()
         weights = pack.weights[pack.weights != 0]
         logp = model.loss_gradients(pack, self.lora, (-weights / weights.sum()).astype(np.float32), precision=precision)
+        return self.by_place(), logp
+
+    def by_place(self) -> dict[Place, Pair]:
+        """Copies of the gradients as they are, (dA, dB)."""
         found: dict[Place, Pair] = {}
         for place, places in self.where.items():
-            da, db = (self._oriented(index, turned) for index, turned in places)
+            da, db = (
+                self.lora.gradients[index].T.copy() if turned else self.lora.gradients[index].copy() for index, turned in places
+            )
             found[place] = (da, db)
-        return found, logp
-
-    def _oriented(self, index: int, turned: bool) -> npt.NDArray[np.float32]:
-        gradient = self.lora.gradients[index]
-        return (gradient.T if turned else gradient).copy()
+        return found
 
 
 def loss(pack: Pack, logp: npt.NDArray[np.float32]) -> float:

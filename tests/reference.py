@@ -24,6 +24,8 @@ from nomoat.models.hf import read_config
 from nomoat.models.spec import TARGETS, RopeSpec
 
 Array: TypeAlias = Any  # npt.NDArray of float64 or complex128: NumPy's stubs do not follow arithmetic on either
+Ints = Sequence[int] | npt.NDArray[np.int32]
+Floats = Sequence[float] | npt.NDArray[np.float32]
 Place = tuple[int, str]  # (layer, target)
 #: (A [r, K], B [N, r], scale) of each adapted linear
 Lora = Mapping[Place, tuple[Array, Array, float]]
@@ -88,7 +90,7 @@ def linear(x: Array, weight: Array, lora: tuple[Array, Array, float] | None = No
     return y
 
 
-def segments(starts: Sequence[int]) -> tuple[Array, Array]:
+def segments(starts: Ints) -> tuple[Array, Array]:
     """(position within its segment [T], may row attend to column [T, T]) for segment bounds 0 = s0 < s1 < ... < T."""
     bounds = np.asarray(starts)
     lengths = np.diff(bounds)
@@ -110,7 +112,7 @@ class Reference:
         """From a .gguf file, dequantized by the `gguf` package, or from a Hugging Face folder."""
         return cls(*(weights_from_hf(path) if path.is_dir() else weights_from_gguf(path)), dtype)
 
-    def hidden(self, tokens: Sequence[int], starts: Sequence[int] | None = None, lora: Lora | None = None) -> Array:
+    def hidden(self, tokens: Ints, starts: Ints | None = None, lora: Lora | None = None) -> Array:
         """Final hidden states after the last norm, [..., T, D]."""
         spec, w, lora = self.spec, self.weights, lora or {}
         position, allowed = segments((0, len(tokens)) if starts is None else starts)
@@ -128,16 +130,16 @@ class Reference:
             x = x + apply(swiglu(apply(h, "gate"), apply(h, "up")), "down")
         return rmsnorm(x, w["final_norm"], spec.norm_eps)
 
-    def logits(self, tokens: Sequence[int], starts: Sequence[int] | None = None, lora: Lora | None = None) -> Array:
+    def logits(self, tokens: Ints, starts: Ints | None = None, lora: Lora | None = None) -> Array:
         """[..., T, V]"""
         return self.hidden(tokens, starts, lora) @ self.weights.get("head", self.weights["embed"]).T
 
     def logprobs(
         self,
-        tokens: Sequence[int],
-        targets: Sequence[int],
-        weights: Sequence[float],
-        starts: Sequence[int] | None = None,
+        tokens: Ints,
+        targets: Ints,
+        weights: Floats,
+        starts: Ints | None = None,
         lora: Lora | None = None,
     ) -> Array:
         """Log-probability of the target of every row whose weight is not 0, [..., n] in row order."""
@@ -148,10 +150,10 @@ class Reference:
 
     def loss(
         self,
-        tokens: Sequence[int],
-        targets: Sequence[int],
-        weights: Sequence[float],
-        starts: Sequence[int] | None = None,
+        tokens: Ints,
+        targets: Ints,
+        weights: Floats,
+        starts: Ints | None = None,
         lora: Lora | None = None,
     ) -> Array:
         """Weighted mean cross entropy, [...]."""
@@ -164,10 +166,10 @@ class Reference:
         place: Place,
         part: int,
         lora: Lora,
-        tokens: Sequence[int],
-        targets: Sequence[int],
-        weights: Sequence[float],
-        starts: Sequence[int] | None = None,
+        tokens: Ints,
+        targets: Ints,
+        weights: Floats,
+        starts: Ints | None = None,
         *,
         entries: Iterable[int] | None = None,
         chunk: int = 64,
@@ -189,10 +191,10 @@ class Reference:
         self,
         directions: Mapping[Place, tuple[Array, Array]],
         lora: Lora,
-        tokens: Sequence[int],
-        targets: Sequence[int],
-        weights: Sequence[float],
-        starts: Sequence[int] | None = None,
+        tokens: Ints,
+        targets: Ints,
+        weights: Floats,
+        starts: Ints | None = None,
     ) -> float:
         """Derivative of the loss along (dA, dB) at the places given: equals the inner product with the gradient."""
         changed = dict(lora)
@@ -201,9 +203,9 @@ class Reference:
             changed[place] = (a + 1j * STEP * da, b + 1j * STEP * db, scale)
         return float(self.loss(tokens, targets, weights, starts, changed).imag / STEP)
 
-    def greedy(self, tokens: Sequence[int], count: int, lora: Lora | None = None) -> list[int]:
+    def greedy(self, tokens: Ints, count: int, lora: Lora | None = None) -> list[int]:
         """`count` most likely next tokens, each by a whole forward pass."""
-        found = list(tokens)
+        found = [int(token) for token in tokens]
         for _ in range(count):
             found.append(int(self.logits(found, lora=lora)[-1].argmax()))
         return found[len(tokens) :]

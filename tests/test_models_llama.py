@@ -114,8 +114,15 @@ def test_tables() -> None:
     assert set(GGUF_TOP) == set(HF_TOP) == set(TOP_NAMES)
     assert qk_permuted("gguf")
     assert not qk_permuted("hf")
-    for table in (GGUF_ARCHITECTURES, HF_MODEL_TYPES):
-        assert set(table.values()) == {"llama"}
+
+
+def test_every_architecture_has_goldens() -> None:
+    """A row without logits of another implementation is not tested: tests/golden/make_transformers_ARCH.py writes them."""
+    modules = {*GGUF_ARCHITECTURES.values(), *HF_MODEL_TYPES.values()}
+    golden = Path(__file__).parent / "golden"
+    for module in modules:
+        assert (golden / f"make_transformers_{module}.py").is_file()
+        assert (golden / f"transformers_{module}.npz").is_file()
 
 
 def test_architecture_module(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from peft import PeftModel
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine_side import Trained, adapter_of, cosine, flat, loss, random_pack, relative_error
 from nomoat.adapters.package import load_adapter, save_adapter
@@ -22,7 +22,7 @@ from nomoat.models.rope import interleaved_rows
 from parity import peft_side
 from parity.peft_side import q8_grid
 from reference import Lora, Reference, random_lora, weights_from_gguf
-from tiny import Shape, tiny_hf, tiny_llama, tiny_weights
+from tiny import Shape, source_name, tiny_hf, tiny_llama, tiny_weights
 
 pytest.importorskip("nomoat._native")
 
@@ -147,8 +147,6 @@ def test_saved_by_peft_loads_here(base: Base, tmp_path: Path) -> None:
 
 def test_smollm2_with_an_adapter_in_peft(smollm2: Path, tmp_path: Path) -> None:
     """The real model: its weights as `gguf` dequantizes them, in torch, with an adapter that nomoat saved."""
-    from transformers import LlamaConfig
-
     model = Model.load(smollm2)
     spec, weights = weights_from_gguf(smollm2)
     config = LlamaConfig(
@@ -164,8 +162,6 @@ def test_smollm2_with_an_adapter_in_peft(smollm2: Path, tmp_path: Path) -> None:
         tie_word_embeddings=True,
         attn_implementation="eager",
     )
-    from tiny import source_name
-
     state = {}
     for engine, weight in weights.items():
         if engine.endswith((".q", ".k")):
