@@ -38,8 +38,9 @@ Mode mode_of(const std::string& name) {
 
 Matrix matrix_view(int format, int rows, int cols, const ConstBytes& packed) {
   Matrix m = packed_matrix(Format(format), rows, cols);
-  require(packed.size() == packed_bytes(m),
-          "packed weights: " + std::to_string(packed.size()) + " bytes, expected " + std::to_string(packed_bytes(m)) + " for " + std::to_string(rows) + " x " + std::to_string(cols));
+  require(packed.size() == packed_bytes(m), "packed weights: " + std::to_string(packed.size()) + " bytes, expected " +
+                                                std::to_string(packed_bytes(m)) + " for " + std::to_string(rows) + " x " +
+                                                std::to_string(cols));
   m.data = packed.data();
   return m;
 }
@@ -51,13 +52,15 @@ void pack(int format, int rows, int cols, const ConstBytes& gguf, const Bytes& p
   nb::gil_scoped_release release;
   const int tasks = m.strips() < 64 ? m.strips() : 64;
   parallel_for(tasks, [&](int task, int) {
-    pack_strips(m, gguf.data(), int(int64_t(m.strips()) * task / tasks), int(int64_t(m.strips()) * (task + 1) / tasks), packed.data());
+    pack_strips(m, gguf.data(), int(int64_t(m.strips()) * task / tasks), int(int64_t(m.strips()) * (task + 1) / tasks),
+                packed.data());
   });
 }
 
 void read_rows(int format, int rows, int cols, const ConstBytes& packed, const ConstInts& ids, const Floats& out) {
   const Matrix m = matrix_view(format, rows, cols, packed);
-  require(out.ndim() == 2 && out.shape(0) == ids.shape(0) && int(out.shape(1)) == padded(cols), "out must be [ids, columns padded to 32]");
+  require(out.ndim() == 2 && out.shape(0) == ids.shape(0) && int(out.shape(1)) == padded(cols),
+          "out must be [ids, columns padded to 32]");
   for (size_t i = 0; i < ids.shape(0); i++) {
     require(ids.data()[i] >= 0 && ids.data()[i] < rows, "row id out of range");
     kernels().read_row(m, ids.data()[i], out.data() + i * out.shape(1));
@@ -65,10 +68,12 @@ void read_rows(int format, int rows, int cols, const ConstBytes& packed, const C
 }
 
 // y[M, N padded] = x[M, K padded] W^T, and dx = dy W: for tests and the roofline.
-void product(int format, int rows, int cols, const ConstBytes& packed, const ConstFloats& x, const Floats& y, const std::string& precision, bool backward) {
+void product(int format, int rows, int cols, const ConstBytes& packed, const ConstFloats& x, const Floats& y,
+             const std::string& precision, bool backward) {
   const Matrix m = matrix_view(format, rows, cols, packed);
   const int in = backward ? padded(rows) : padded(cols), out = backward ? padded(cols) : padded(rows), count = int(x.shape(0));
-  require(x.ndim() == 2 && y.ndim() == 2 && int(x.shape(1)) == in && int(y.shape(1)) == out && x.shape(0) == y.shape(0), "x and y must be [rows, width padded to 32]");
+  require(x.ndim() == 2 && y.ndim() == 2 && int(x.shape(1)) == in && int(y.shape(1)) == out && x.shape(0) == y.shape(0),
+          "x and y must be [rows, width padded to 32]");
   const Mode mode = mode_of(precision);
   nb::gil_scoped_release release;
   Dims dims{};
@@ -91,20 +96,24 @@ struct PyLora {
 };
 
 struct PyBatch {
-  PyBatch(const ConstInts& starts, const ConstInts& positions, const ConstInts& page_starts, const ConstInts& pages, const std::vector<PyLora*>& loras) {
+  PyBatch(const ConstInts& starts, const ConstInts& positions, const ConstInts& page_starts, const ConstInts& pages,
+          const std::vector<PyLora*>& loras) {
     const size_t n = positions.shape(0);
-    require(starts.shape(0) == n + 1 && page_starts.shape(0) == n + 1 && (loras.empty() || loras.size() == n), "batch arrays disagree in length");
+    require(starts.shape(0) == n + 1 && page_starts.shape(0) == n + 1 && (loras.empty() || loras.size() == n),
+            "batch arrays disagree in length");
     batch.page_tables.assign(pages.data(), pages.data() + pages.shape(0));
     for (size_t i = 0; i < n; i++) {
       const int row = starts.data()[i], count = starts.data()[i + 1] - row, position = positions.data()[i];
       const int first = page_starts.data()[i], last = page_starts.data()[i + 1];
       require(count > 0 && position >= 0 && row == batch.rows, "segments must be non-empty and consecutive");
-      require(first >= 0 && last <= int(pages.shape(0)) && int64_t(last - first) * kPageTokens >= int64_t(position) + count, "page table too short for the segment");
+      require(first >= 0 && last <= int(pages.shape(0)) && int64_t(last - first) * kPageTokens >= int64_t(position) + count,
+              "page table too short for the segment");
       for (int p = first; p < last; p++) {
         require(batch.page_tables[size_t(p)] >= 0, "negative page");
         highest_page = batch.page_tables[size_t(p)] > highest_page ? batch.page_tables[size_t(p)] : highest_page;
       }
-      batch.segments.push_back({row, count, position, batch.page_tables.data() + first, loras.empty() || !loras[i] ? nullptr : &loras[i]->set});
+      batch.segments.push_back(
+          {row, count, position, batch.page_tables.data() + first, loras.empty() || !loras[i] ? nullptr : &loras[i]->set});
       batch.rows += count;
     }
   }
@@ -119,17 +128,21 @@ struct PyEngine : Engine {
     require(x.ndim() == 2 && int(x.shape(0)) == rows && int(x.shape(1)) == padded(width),
             std::string(what) + " must be [" + std::to_string(rows) + ", " + std::to_string(padded(width)) + "] float32");
   }
-  void check_layer(int layer) const { require(layer >= 0 && layer < dims.layers, "layer " + std::to_string(layer) + " of " + std::to_string(dims.layers)); }
+  void check_layer(int layer) const {
+    require(layer >= 0 && layer < dims.layers, "layer " + std::to_string(layer) + " of " + std::to_string(dims.layers));
+  }
 };
 
-PyEngine* make_engine(int layers, int width, int heads, int kv_heads, int head_dim, int ffn, int vocab, int context, int window, float eps, bool interleaved,
-                      const ConstFloats& inv_freq, float rope_magnitude) {
-  require(layers > 0 && width > 0 && heads > 0 && kv_heads > 0 && head_dim > 0 && ffn > 0 && vocab > 0, "dimensions must be positive");
+PyEngine* make_engine(int layers, int width, int heads, int kv_heads, int head_dim, int ffn, int vocab, int context, int window,
+                      float eps, bool interleaved, const ConstFloats& inv_freq, float rope_magnitude) {
+  require(layers > 0 && width > 0 && heads > 0 && kv_heads > 0 && head_dim > 0 && ffn > 0 && vocab > 0,
+          "dimensions must be positive");
   require(heads % kv_heads == 0 && heads / kv_heads <= 16, "query heads must be 1 to 16 times the kv heads");
   require(head_dim % 2 == 0 && head_dim <= 512, "head dimension must be even and at most 512");
   const int rope_dim = int(inv_freq.size()) * 2;
   require(rope_dim <= head_dim, "rope dimension exceeds the head dimension");
-  auto* engine = new PyEngine(Dims{layers, width, heads, kv_heads, head_dim, ffn, vocab, context, window, eps, interleaved, rope_dim, rope_magnitude});
+  auto* engine = new PyEngine(
+      Dims{layers, width, heads, kv_heads, head_dim, ffn, vocab, context, window, eps, interleaved, rope_dim, rope_magnitude});
   engine->inv_freq.assign(inv_freq.data(), inv_freq.data() + inv_freq.size());
   return engine;
 }
@@ -157,16 +170,19 @@ void set_table(PyEngine& e, bool head, int format, const ConstBytes& packed) {
   (head ? e.head : e.embed) = matrix_view(format, e.dims.vocab, e.dims.width, packed);
 }
 
-void set_lora(PyLora& lora, int layer, int target, const ConstFloats& a, const ConstFloats& bt, const ConstFloats& scale, std::optional<Floats> da, std::optional<Floats> dbt) {
+void set_lora(PyLora& lora, int layer, int target, const ConstFloats& a, const ConstFloats& bt, const ConstFloats& scale,
+              std::optional<Floats> da, std::optional<Floats> dbt) {
   require(layer >= 0 && layer < int(lora.set.size()) && target >= 0 && target < kTargets, "unknown layer or target");
-  require(a.ndim() == 2 && bt.ndim() == 2 && a.shape(0) == bt.shape(0) && scale.size() == a.shape(0), "A, B^T and scale must agree in rank");
+  require(a.ndim() == 2 && bt.ndim() == 2 && a.shape(0) == bt.shape(0) && scale.size() == a.shape(0),
+          "A, B^T and scale must agree in rank");
   Lora l;
   l.a = a.data();
   l.bt = bt.data();
   l.scale = scale.data();
   l.rank = int(a.shape(0));
   if (da && dbt) {
-    require(da->ndim() == 2 && dbt->ndim() == 2 && da->shape(1) == a.shape(1) && dbt->shape(1) == bt.shape(1) && da->shape(0) == dbt->shape(0) && da->shape(0) <= a.shape(0),
+    require(da->ndim() == 2 && dbt->ndim() == 2 && da->shape(1) == a.shape(1) && dbt->shape(1) == bt.shape(1) &&
+                da->shape(0) == dbt->shape(0) && da->shape(0) <= a.shape(0),
             "gradients must have the columns of A and B^T");
     l.trained = l.rank - int(da->shape(0));
     l.da = da->data();
@@ -221,12 +237,11 @@ void backward_layer(PyEngine& e, int layer, const Floats& dx, const PyBatch& b, 
 
 void check_ids(const ConstInts& ids, int limit, const char* what) {
   for (size_t i = 0; i < ids.shape(0); i++)
-    require(ids.data()[i] >= 0 && ids.data()[i] < limit, std::string(what) + " " + std::to_string(ids.data()[i]) + ": expected 0 to " + std::to_string(limit - 1));
+    require(ids.data()[i] >= 0 && ids.data()[i] < limit,
+            std::string(what) + " " + std::to_string(ids.data()[i]) + ": expected 0 to " + std::to_string(limit - 1));
 }
 
-}  // namespace
-
-NB_MODULE(_native, m) {
+void bind_machine_and_weights(nb::module_& m) {
   m.def("usable_levels", [] {
     std::vector<std::string> names;
     for (Level level : usable_levels()) names.emplace_back(level_name(level));
@@ -235,50 +250,75 @@ NB_MODULE(_native, m) {
   m.def("level", [] { return std::string(level_name(kernels().level)); });
   m.def("set_level", [](const std::string& name) { set_level(level_from_name(name)); }, nb::arg("name"));
   m.def("threads", [] { return threads(); });
-  m.def("set_threads", [](int count) {
-    require(count >= 1 && count <= 256, "threads: expected 1 to 256");
-    set_threads(count);
-  }, nb::arg("count"));
-  m.def("packed_bytes", [](int format, int rows, int cols) { return packed_bytes(packed_matrix(Format(format), rows, cols)); }, nb::arg("format"), nb::arg("rows"), nb::arg("cols"));
-  m.def("checksum", [](const ConstBytes& data) {
-    nb::gil_scoped_release release;
-    return checksum(data.data(), data.size());
-  }, nb::arg("data"));
+  m.def(
+      "set_threads",
+      [](int count) {
+        require(count >= 1 && count <= 256, "threads: expected 1 to 256");
+        set_threads(count);
+      },
+      nb::arg("count"));
+  m.def(
+      "packed_bytes", [](int format, int rows, int cols) { return packed_bytes(packed_matrix(Format(format), rows, cols)); },
+      nb::arg("format"), nb::arg("rows"), nb::arg("cols"));
+  m.def(
+      "checksum",
+      [](const ConstBytes& data) {
+        nb::gil_scoped_release release;
+        return checksum(data.data(), data.size());
+      },
+      nb::arg("data"));
   m.def("pack", &pack, nb::arg("format"), nb::arg("rows"), nb::arg("cols"), nb::arg("gguf"), nb::arg("packed"));
-  m.def("read_rows", &read_rows, nb::arg("format"), nb::arg("rows"), nb::arg("cols"), nb::arg("packed"), nb::arg("ids"), nb::arg("out"));
-  m.def("product", &product, nb::arg("format"), nb::arg("rows"), nb::arg("cols"), nb::arg("packed"), nb::arg("x"), nb::arg("y"), nb::arg("precision"), nb::arg("backward") = false);
-  m.def("sum_squares", [](const ConstFloats& x) { return kernels().sum_squares(x.data(), int64_t(x.size())); }, nb::arg("x"));
-  m.def("adamw",
-        [](const Floats& w, const ConstFloats& g, const Floats& first, const Floats& second, double lr, double beta1, double beta2, double eps, double weight_decay, int64_t step, double grad_scale) {
-          require(w.size() == g.size() && w.size() == first.size() && w.size() == second.size(), "adamw: arrays differ in size");
-          require(step >= 1, "adamw: step counts from 1");
-          const float step_size = float(lr / (1 - std::pow(beta1, double(step)))), root = float(1 / std::sqrt(1 - std::pow(beta2, double(step))));
-          nb::gil_scoped_release release;
-          kernels().adamw(w.data(), g.data(), first.data(), second.data(), int64_t(w.size()), float(grad_scale), float(beta1), float(beta2), step_size, root, float(eps),
-                          float(1 - lr * weight_decay));
-        },
-        nb::arg("param"), nb::arg("grad"), nb::arg("m"), nb::arg("v"), nb::arg("lr"), nb::arg("beta1"), nb::arg("beta2"), nb::arg("eps"), nb::arg("weight_decay"), nb::arg("step"),
-        nb::arg("grad_scale") = 1.0);
-  m.def("sample",
-        [](const ConstFloats& logits, int vocab, float temperature, int top_k, float top_p, float min_p, float repetition, float presence, float frequency, uint64_t seed, uint64_t step,
-           const ConstInts& recent) {
-          require(vocab > 0 && size_t(vocab) <= logits.size(), "sample: vocabulary exceeds the logits");
-          check_ids(recent, vocab, "token");
-          const Sampling o{temperature, top_p, min_p, repetition, presence, frequency, top_k, seed};
-          nb::gil_scoped_release release;
-          return sample(logits.data(), vocab, o, recent.data(), int(recent.shape(0)), step);
-        },
-        nb::arg("logits"), nb::arg("vocab"), nb::arg("temperature"), nb::arg("top_k"), nb::arg("top_p"), nb::arg("min_p"), nb::arg("repetition_penalty"), nb::arg("presence_penalty"),
-        nb::arg("frequency_penalty"), nb::arg("seed"), nb::arg("step"), nb::arg("recent"));
+  m.def("read_rows", &read_rows, nb::arg("format"), nb::arg("rows"), nb::arg("cols"), nb::arg("packed"), nb::arg("ids"),
+        nb::arg("out"));
+  m.def("product", &product, nb::arg("format"), nb::arg("rows"), nb::arg("cols"), nb::arg("packed"), nb::arg("x"), nb::arg("y"),
+        nb::arg("precision"), nb::arg("backward") = false);
+}
 
-  nb::class_<PyLora>(m, "LoraSet").def(nb::init<int>(), nb::arg("layers")).def("set", &set_lora, nb::arg("layer"), nb::arg("target"), nb::arg("a"), nb::arg("bt"), nb::arg("scale"),
-                                                                               nb::arg("da").none() = nb::none(), nb::arg("dbt").none() = nb::none());
+void bind_numbers(nb::module_& m) {
+  m.def("sum_squares", [](const ConstFloats& x) { return kernels().sum_squares(x.data(), int64_t(x.size())); }, nb::arg("x"));
+  m.def(
+      "adamw",
+      [](const Floats& w, const ConstFloats& g, const Floats& first, const Floats& second, double lr, double beta1, double beta2,
+         double eps, double weight_decay, int64_t step, double grad_scale) {
+        require(w.size() == g.size() && w.size() == first.size() && w.size() == second.size(), "adamw: arrays differ in size");
+        require(step >= 1, "adamw: step counts from 1");
+        const float step_size = float(lr / (1 - std::pow(beta1, double(step)))),
+                    root = float(1 / std::sqrt(1 - std::pow(beta2, double(step))));
+        nb::gil_scoped_release release;
+        kernels().adamw(w.data(), g.data(), first.data(), second.data(), int64_t(w.size()), float(grad_scale), float(beta1),
+                        float(beta2), step_size, root, float(eps), float(1 - lr * weight_decay));
+      },
+      nb::arg("param"), nb::arg("grad"), nb::arg("m"), nb::arg("v"), nb::arg("lr"), nb::arg("beta1"), nb::arg("beta2"),
+      nb::arg("eps"), nb::arg("weight_decay"), nb::arg("step"), nb::arg("grad_scale") = 1.0);
+  m.def(
+      "sample",
+      [](const ConstFloats& logits, int vocab, float temperature, int top_k, float top_p, float min_p, float repetition,
+         float presence, float frequency, uint64_t seed, uint64_t step, const ConstInts& recent) {
+        require(vocab > 0 && size_t(vocab) <= logits.size(), "sample: vocabulary exceeds the logits");
+        check_ids(recent, vocab, "token");
+        const Sampling o{temperature, top_p, min_p, repetition, presence, frequency, top_k, seed};
+        nb::gil_scoped_release release;
+        return sample(logits.data(), vocab, o, recent.data(), int(recent.shape(0)), step);
+      },
+      nb::arg("logits"), nb::arg("vocab"), nb::arg("temperature"), nb::arg("top_k"), nb::arg("top_p"), nb::arg("min_p"),
+      nb::arg("repetition_penalty"), nb::arg("presence_penalty"), nb::arg("frequency_penalty"), nb::arg("seed"), nb::arg("step"),
+      nb::arg("recent"));
+}
+
+void bind_state(nb::module_& m) {
+  nb::class_<PyLora>(m, "LoraSet")
+      .def(nb::init<int>(), nb::arg("layers"))
+      .def("set", &set_lora, nb::arg("layer"), nb::arg("target"), nb::arg("a"), nb::arg("bt"), nb::arg("scale"),
+           nb::arg("da").none() = nb::none(), nb::arg("dbt").none() = nb::none());
   nb::class_<PyBatch>(m, "Batch")
-      .def(nb::init<const ConstInts&, const ConstInts&, const ConstInts&, const ConstInts&, const std::vector<PyLora*>&>(), nb::arg("starts"), nb::arg("positions"), nb::arg("page_starts"),
-           nb::arg("pages"), nb::arg("loras"), nb::keep_alive<1, 6>())
+      .def(nb::init<const ConstInts&, const ConstInts&, const ConstInts&, const ConstInts&, const std::vector<PyLora*>&>(),
+           nb::arg("starts"), nb::arg("positions"), nb::arg("page_starts"), nb::arg("pages"), nb::arg("loras"),
+           nb::keep_alive<1, 6>())
       .def_prop_ro("rows", [](const PyBatch& b) { return b.batch.rows; });
   nb::class_<KvCache>(m, "KvCache")
-      .def("__init__", [](KvCache* self, const PyEngine& e, bool f32) { new (self) KvCache(e.dims.layers, e.dims, f32); }, nb::arg("engine"), nb::arg("f32") = false)
+      .def(
+          "__init__", [](KvCache* self, const PyEngine& e, bool f32) { new (self) KvCache(e.dims.layers, e.dims, f32); },
+          nb::arg("engine"), nb::arg("f32") = false)
       .def("reserve", &KvCache::reserve, nb::arg("pages"))
       .def_prop_ro("pages", &KvCache::pages)
       .def_prop_ro("page_bytes", &KvCache::page_bytes);
@@ -286,55 +326,77 @@ NB_MODULE(_native, m) {
   nb::class_<PyTape>(m, "Tape")
       .def(nb::init<const PyEngine&, const std::string&>(), nb::arg("engine"), nb::arg("precision"))
       .def("keep", [](PyTape& t, int layer, bool keep) { t.keep.at(size_t(layer)) = keep; }, nb::arg("layer"), nb::arg("keep"));
+}
+
+void bind_engine(nb::module_& m) {
   nb::class_<PyEngine>(m, "Engine")
-      .def("__init__",
-           [](PyEngine* self, int layers, int width, int heads, int kv_heads, int head_dim, int ffn, int vocab, int context, int window, float eps, bool interleaved, const ConstFloats& inv_freq,
-              float rope_magnitude) {
-             std::unique_ptr<PyEngine> made(make_engine(layers, width, heads, kv_heads, head_dim, ffn, vocab, context, window, eps, interleaved, inv_freq, rope_magnitude));
-             new (self) PyEngine(std::move(*made));
-           },
-           nb::arg("layers"), nb::arg("width"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("ffn"), nb::arg("vocab"), nb::arg("context"), nb::arg("window"), nb::arg("eps"),
-           nb::arg("interleaved"), nb::arg("inv_freq"), nb::arg("rope_magnitude"))
+      .def(
+          "__init__",
+          [](PyEngine* self, int layers, int width, int heads, int kv_heads, int head_dim, int ffn, int vocab, int context,
+             int window, float eps, bool interleaved, const ConstFloats& inv_freq, float rope_magnitude) {
+            std::unique_ptr<PyEngine> made(make_engine(layers, width, heads, kv_heads, head_dim, ffn, vocab, context, window, eps,
+                                                       interleaved, inv_freq, rope_magnitude));
+            new (self) PyEngine(std::move(*made));
+          },
+          nb::arg("layers"), nb::arg("width"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("ffn"),
+          nb::arg("vocab"), nb::arg("context"), nb::arg("window"), nb::arg("eps"), nb::arg("interleaved"), nb::arg("inv_freq"),
+          nb::arg("rope_magnitude"))
       .def("set_linear", &set_linear, nb::arg("layer"), nb::arg("target"), nb::arg("format"), nb::arg("packed"))
       .def("set_norm", &set_norm, nb::arg("layer"), nb::arg("which"), nb::arg("weight"))
       .def("set_table", &set_table, nb::arg("head"), nb::arg("format"), nb::arg("packed"))
-      .def("embed",
-           [](PyEngine& e, const ConstInts& tokens, const Floats& x) {
-             e.check_rows(nb::ndarray<>(x), int(tokens.shape(0)), e.dims.width, "x");
-             check_ids(tokens, e.dims.vocab, "token");
-             nb::gil_scoped_release release;
-             embed_rows(e, tokens.data(), int(tokens.shape(0)), x.data());
-           },
-           nb::arg("tokens"), nb::arg("x"))
-      .def("forward_layer", &forward_layer, nb::arg("layer"), nb::arg("precision"), nb::arg("x"), nb::arg("batch"), nb::arg("cache"))
+      .def(
+          "embed",
+          [](PyEngine& e, const ConstInts& tokens, const Floats& x) {
+            e.check_rows(nb::ndarray<>(x), int(tokens.shape(0)), e.dims.width, "x");
+            check_ids(tokens, e.dims.vocab, "token");
+            nb::gil_scoped_release release;
+            embed_rows(e, tokens.data(), int(tokens.shape(0)), x.data());
+          },
+          nb::arg("tokens"), nb::arg("x"))
+      .def("forward_layer", &forward_layer, nb::arg("layer"), nb::arg("precision"), nb::arg("x"), nb::arg("batch"),
+           nb::arg("cache"))
       .def("record_layer", &record_layer, nb::arg("layer"), nb::arg("x"), nb::arg("batch"), nb::arg("tape"))
-      .def("backward_layer", &backward_layer, nb::arg("layer"), nb::arg("dx"), nb::arg("batch"), nb::arg("tape"), nb::arg("need_dx"))
-      .def("logits",
-           [](PyEngine& e, const std::string& precision, const ConstFloats& x, const ConstInts& rows, const Floats& logits) {
-             require(x.ndim() == 2 && int(x.shape(1)) == padded(e.dims.width), "x must be [rows, width padded to 32]");
-             check_ids(rows, int(x.shape(0)), "row");
-             e.check_rows(nb::ndarray<>(logits), int(rows.shape(0)), e.dims.vocab, "logits");
-             const Mode mode = mode_of(precision);
-             nb::gil_scoped_release release;
-             head_logits(e, mode, x.data(), rows.data(), int(rows.shape(0)), logits.data());
-           },
-           nb::arg("precision"), nb::arg("x"), nb::arg("rows"), nb::arg("logits"))
-      .def("logprobs",
-           [](PyEngine& e, const std::string& precision, const ConstFloats& x, const ConstInts& rows, const ConstInts& targets, const Floats& logp, std::optional<ConstFloats> d_logp,
-              std::optional<Floats> dx) {
-             require(x.ndim() == 2 && int(x.shape(1)) == padded(e.dims.width), "x must be [rows, width padded to 32]");
-             check_ids(rows, int(x.shape(0)), "row");
-             check_ids(targets, e.dims.vocab, "target");
-             const size_t n = rows.shape(0);
-             require(targets.shape(0) == n && logp.size() == n, "rows, targets and logp must agree in length");
-             require(bool(d_logp) == bool(dx), "d_logp and dx come together");
-             if (dx) {
-               require(d_logp->size() == n, "d_logp must have one value a row");
-               e.check_rows(nb::ndarray<>(*dx), int(x.shape(0)), e.dims.width, "dx");
-             }
-             const Mode mode = mode_of(precision);
-             nb::gil_scoped_release release;
-             head_logprobs(e, mode, x.data(), rows.data(), targets.data(), int(n), logp.data(), d_logp ? d_logp->data() : nullptr, dx ? dx->data() : nullptr);
-           },
-           nb::arg("precision"), nb::arg("x"), nb::arg("rows"), nb::arg("targets"), nb::arg("logp"), nb::arg("d_logp").none() = nb::none(), nb::arg("dx").none() = nb::none());
+      .def("backward_layer", &backward_layer, nb::arg("layer"), nb::arg("dx"), nb::arg("batch"), nb::arg("tape"),
+           nb::arg("need_dx"))
+      .def(
+          "logits",
+          [](PyEngine& e, const std::string& precision, const ConstFloats& x, const ConstInts& rows, const Floats& logits) {
+            require(x.ndim() == 2 && int(x.shape(1)) == padded(e.dims.width), "x must be [rows, width padded to 32]");
+            check_ids(rows, int(x.shape(0)), "row");
+            e.check_rows(nb::ndarray<>(logits), int(rows.shape(0)), e.dims.vocab, "logits");
+            const Mode mode = mode_of(precision);
+            nb::gil_scoped_release release;
+            head_logits(e, mode, x.data(), rows.data(), int(rows.shape(0)), logits.data());
+          },
+          nb::arg("precision"), nb::arg("x"), nb::arg("rows"), nb::arg("logits"))
+      .def(
+          "logprobs",
+          [](PyEngine& e, const std::string& precision, const ConstFloats& x, const ConstInts& rows, const ConstInts& targets,
+             const Floats& logp, std::optional<ConstFloats> d_logp, std::optional<Floats> dx) {
+            require(x.ndim() == 2 && int(x.shape(1)) == padded(e.dims.width), "x must be [rows, width padded to 32]");
+            check_ids(rows, int(x.shape(0)), "row");
+            check_ids(targets, e.dims.vocab, "target");
+            const size_t n = rows.shape(0);
+            require(targets.shape(0) == n && logp.size() == n, "rows, targets and logp must agree in length");
+            require(bool(d_logp) == bool(dx), "d_logp and dx come together");
+            if (dx) {
+              require(d_logp->size() == n, "d_logp must have one value a row");
+              e.check_rows(nb::ndarray<>(*dx), int(x.shape(0)), e.dims.width, "dx");
+            }
+            const Mode mode = mode_of(precision);
+            nb::gil_scoped_release release;
+            head_logprobs(e, mode, x.data(), rows.data(), targets.data(), int(n), logp.data(), d_logp ? d_logp->data() : nullptr,
+                          dx ? dx->data() : nullptr);
+          },
+          nb::arg("precision"), nb::arg("x"), nb::arg("rows"), nb::arg("targets"), nb::arg("logp"),
+          nb::arg("d_logp").none() = nb::none(), nb::arg("dx").none() = nb::none());
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  bind_machine_and_weights(m);
+  bind_numbers(m);
+  bind_state(m);
+  bind_engine(m);
 }

@@ -42,7 +42,7 @@ def gguf_bytes(kind: Kind, rows: int, cols: int, seed: int) -> np.ndarray:
 
 def decoded(kind: Kind, raw: np.ndarray, rows: int, cols: int) -> np.ndarray:
     block, size = gguf.GGML_QUANT_SIZES[kind]
-    return gguf.quants.dequantize(raw.reshape(rows, cols // block * size), kind).reshape(rows, cols).astype(np.float32)
+    return np.asarray(gguf.quants.dequantize(raw.reshape(rows, cols // block * size), kind), np.float32).reshape(rows, cols)
 
 
 def packed(kind: Kind, raw: np.ndarray, rows: int, cols: int) -> np.ndarray:
@@ -125,12 +125,12 @@ def test_int8_extremes_do_not_saturate(kind: Kind, level: str) -> None:
             raw[:, 2:4] = 0
         if kind is Kind.Q8_0:
             raw[:, 2:] = 0x80  # -128
-    raw = raw.reshape(-1)
-    weight = decoded(kind, raw, rows, cols).astype(np.float64)
+    flat = raw.reshape(-1)
+    weight = decoded(kind, flat, rows, cols).astype(np.float64)
     for sign in (1, -1):
         x = np.full((3, cols), sign * 127, np.float32)
         y = np.zeros((3, padded(rows)), np.float32)
-        _native.product(int(kind), rows, cols, packed(kind, raw, rows, cols), x, y, "int8")
+        _native.product(int(kind), rows, cols, packed(kind, flat, rows, cols), x, y, "int8")
         assert np.allclose(y[:, :rows], x @ weight.T, rtol=1e-6)
 
 

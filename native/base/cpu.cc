@@ -32,9 +32,7 @@ uint64_t xgetbv() {
   return (uint64_t(high) << 32) | low;
 }
 
-bool has(uint32_t word, int bit) {
-  return (word >> bit) & 1;
-}
+bool has(uint32_t word, int bit) { return (word >> bit) & 1; }
 
 // Intel SDM volume 2, CPUID; XCR0 bits: 1 SSE, 2 AVX, 5-7 opmask and ZMM state.
 bool usable(Level level) {
@@ -69,9 +67,7 @@ constexpr Level kBuilt[] = {Level::scalar, Level::neon};
 
 #else
 
-bool usable(Level level) {
-  return level == Level::scalar;
-}
+bool usable(Level level) { return level == Level::scalar; }
 
 constexpr Level kBuilt[] = {Level::scalar};
 

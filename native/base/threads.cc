@@ -110,9 +110,7 @@ int wanted = 1;
 #if defined(__unix__) || defined(__APPLE__)
 // The child of a fork has none of the parent's threads: it forgets the pool (its destructor would join
 // threads that do not exist) and builds its own at the first parallel region.
-void forget_pool() {
-  (void)pool.release();
-}
+void forget_pool() { (void)pool.release(); }
 
 const int kForkHandler = pthread_atfork(nullptr, nullptr, forget_pool);
 #endif
@@ -124,9 +122,7 @@ void set_threads(int count) {
   if (pool && int(pool->threads.size()) + 1 != wanted) pool.reset();
 }
 
-int threads() {
-  return wanted;
-}
+int threads() { return wanted; }
 
 namespace detail {
 

@@ -28,21 +28,22 @@ inline typename V::F values(const float* at) {
   return V::load(at);
 }
 
-// scores[r][0..15] = q[r] . keys, R virtual rows
+// scores[r][0..15] = q[r] . keys, R virtual rows. Even and odd dimensions have sums of their own: with four rows that makes
+// eight independent chains, enough to hide the latency of a fused multiply-add.
 template <class V, class T, int R>
 inline void score_block(const float* const* q, const T* block, int dim, float* const* scores) {
   for (int lane = 0; lane < 16; lane += V::W) {
-    typename V::F acc[R];
-    for (int r = 0; r < R; r++) acc[r] = V::zero();
+    typename V::F even_sum[R], odd_sum[R];
+    for (int r = 0; r < R; r++) even_sum[r] = odd_sum[r] = V::zero();
     for (int d = 0; d < dim; d += 2) {
       typename V::F even, odd;
       key_pair<V>(block, d, lane, even, odd);
       for (int r = 0; r < R; r++) {
-        acc[r] = V::fma(even, V::set1(q[r][d]), acc[r]);
-        acc[r] = V::fma(odd, V::set1(q[r][d + 1]), acc[r]);
+        even_sum[r] = V::fma(even, V::set1(q[r][d]), even_sum[r]);
+        odd_sum[r] = V::fma(odd, V::set1(q[r][d + 1]), odd_sum[r]);
       }
     }
-    for (int r = 0; r < R; r++) V::store(scores[r] + lane, acc[r]);
+    for (int r = 0; r < R; r++) V::store(scores[r] + lane, V::add(even_sum[r], odd_sum[r]));
   }
 }
 
@@ -72,19 +73,28 @@ inline float soften(float* scores, int padded, int first, int last, float* maxim
   return V::sum(all);
 }
 
-// out[r] = sum over keys of p[r][key] * value[key]; R virtual rows with the same last key or earlier (p is zero beyond it)
-template <class V, class T, int R>
-inline void mix_values(const float* const* p, const uint8_t* const* pages, int first, int last, int dim, const float* inverse, float* const* out) {
-  for (int d = 0; d < dim; d += V::W) {
-    typename V::F acc[R];
-    for (int r = 0; r < R; r++) acc[r] = V::zero();
-    for (int key = first; key <= last; key++) {
-      const T* page = reinterpret_cast<const T*>(pages[key / kPageTokens]);
-      const typename V::F value = values<V>(page + size_t(key % kPageTokens) * dim + d);
-      for (int r = 0; r < R; r++) acc[r] = V::fma(value, V::set1(p[r][key]), acc[r]);
-    }
-    for (int r = 0; r < R; r++) V::store(out[r] + d, V::mul(acc[r], V::set1(inverse[r])));
+// out[r] = factor[r] * sum over keys of p[r][key] * value[key], for D vectors of dimensions; at(key) is a value's address
+template <class V, int R, int D, class At>
+inline void mix_tile(const float* const* p, At at, int first, int last, int d, const float* factor, float* const* out) {
+  typename V::F acc[R][D];
+  for (int r = 0; r < R; r++)
+    for (int i = 0; i < D; i++) acc[r][i] = V::zero();
+  for (int key = first; key <= last; key++) {
+    const auto* value = at(key) + d;
+    typename V::F v[D];
+    for (int i = 0; i < D; i++) v[i] = values<V>(value + i * V::W);
+    for (int r = 0; r < R; r++)
+      for (int i = 0; i < D; i++) acc[r][i] = V::fma(v[i], V::set1(p[r][key]), acc[r][i]);
   }
+  for (int r = 0; r < R; r++)
+    for (int i = 0; i < D; i++) V::store(out[r] + d + i * V::W, V::mul(acc[r][i], V::set1(factor[r])));
+}
+
+template <class V, int R, class At>
+inline void mix(const float* const* p, At at, int first, int last, int dim, const float* factor, float* const* out) {
+  int d = 0;
+  for (; d + 2 * V::W <= dim; d += 2 * V::W) mix_tile<V, R, 2>(p, at, first, last, d, factor, out);
+  for (; d < dim; d += V::W) mix_tile<V, R, 1>(p, at, first, last, d, factor, out);
 }
 
 template <class V, class T, int R>
@@ -117,7 +127,8 @@ void attend_rows(const AttendArgs& a, int virtual_row, int padded) {
     inverse[r] = 1.0f / sum;
     if (a.lse) a.lse[size_t(row) * a.lse_stride + head] = maximum + logf(sum);
   }
-  mix_values<V, T, R>(const_cast<const float* const*>(scores), a.v, first, last, a.dim, inverse, out);
+  auto value = [&](int key) { return reinterpret_cast<const T*>(a.v[key / kPageTokens]) + size_t(key % kPageTokens) * a.dim; };
+  mix<V, R>(scores, value, first, last, a.dim, inverse, out);
 }
 
 template <class V, class T>
@@ -142,7 +153,7 @@ void attend_f32(const AttendArgs& a) {
 // With p = softmax(s), s = q k^T:  dv = p^T do;  dp = do v^T;  ds = p * (dp - sum(do * out));  dq = ds k;  dk = ds^T q.
 // Rows are taken kAttendRows at a time with all heads of the group, so that dk and dv are read and written once for them.
 
-// acc[k] += sum_r c[r][k] x[r] for K keys and one vector of dimensions
+// out[k] += sum_r c[r][k] x[r] for K keys and one vector of dimensions
 template <class V, int K>
 inline void add_outer(const float* coefficients, int stride, int rows, const float* const* x, int d, float* out, int dim) {
   typename V::F acc[K];
@@ -154,61 +165,89 @@ inline void add_outer(const float* coefficients, int stride, int rows, const flo
   for (int k = 0; k < K; k++) V::store(out + k * dim + d, acc[k]);
 }
 
+// keys[count][dim] -> blocks of 16 keys [dim][16], zero beyond count
+inline void block_keys(const float* keys, int count, int dim, float* blocks) {
+  for (int key = 0; key < round_up(count, 16); key++)
+    for (int d = 0; d < dim; d++)
+      blocks[(size_t(key / 16) * dim + d) * 16 + key % 16] = key < count ? keys[size_t(key) * dim + d] : 0.0f;
+}
+
+// Rows [row, row + rows) of one segment: p[r][key] and ds[r][key] of their virtual rows.
+struct BackwardRows {
+  const float *q[64], *d_out[64];
+  float *p[64], *ds[64];
+  int row, total, begin, last;  // virtual rows; keys [begin, last], begin a multiple of 16
+};
+
+template <class V, int R>
+inline void weigh_rows(const AttendBackwardArgs& a, const BackwardRows& b, int r0, const float* k_blocks, const float* v_blocks) {
+  for (int key = b.begin; key <= b.last; key += 16) {
+    float *p[R], *dp[R];
+    for (int r = 0; r < R; r++) {
+      p[r] = b.p[r0 + r] + key;
+      dp[r] = b.ds[r0 + r] + key;
+    }
+    score_block<V, float, R>(b.q + r0, k_blocks + size_t(key) * a.dim, a.dim, p);
+    score_block<V, float, R>(b.d_out + r0, v_blocks + size_t(key) * a.dim, a.dim, dp);
+  }
+  const int end = b.last / 16 * 16 + 16;
+  for (int r = r0; r < r0 + R; r++) {
+    const int position = b.row + r / a.heads, start = a.window && position >= a.window ? position - a.window + 1 : 0;
+    const float* out = a.out + size_t(position) * a.q_stride + (r % a.heads) * a.dim;
+    typename V::F dots = V::zero();
+    for (int d = 0; d < a.dim; d += V::W) dots = V::fma(V::load(out + d), V::load(b.d_out[r] + d), dots);
+    const typename V::F lse = V::set1(a.lse[size_t(position) * a.lse_stride + r % a.heads]), delta = V::set1(V::sum(dots));
+    for (int key = b.begin; key < end; key += V::W) {
+      const typename V::F weight = vexp<V>(V::sub(V::load(b.p[r] + key), lse));
+      V::store(b.p[r] + key, weight);
+      V::store(b.ds[r] + key, V::mul(weight, V::sub(V::load(b.ds[r] + key), delta)));
+    }
+    for (int key = b.begin; key < start; key++) b.p[r][key] = b.ds[r][key] = 0;
+    for (int key = position + 1; key < end; key++) b.p[r][key] = b.ds[r][key] = 0;
+  }
+}
+
+template <class V, int R>
+inline void query_gradients(const AttendBackwardArgs& a, const BackwardRows& b, int r0) {
+  float factor[R], *dq[R];
+  for (int r = 0; r < R; r++) {
+    factor[r] = a.scale;
+    dq[r] = a.dq + size_t(b.row + (r0 + r) / a.heads) * a.q_stride + ((r0 + r) % a.heads) * a.dim;
+  }
+  mix<V, R>(b.ds + r0, [&](int key) { return a.k + size_t(key) * a.dim; }, b.begin, b.last, a.dim, factor, dq);
+}
+
 template <class V>
 void attend_backward(const AttendBackwardArgs& a) {
   const int keys = round_up(a.count, 16), group = kAttendRows * a.heads;
-  float *k_blocks = a.scratch, *v_blocks = k_blocks + size_t(keys) * a.dim, *p = v_blocks + size_t(keys) * a.dim, *ds = p + size_t(group) * keys;
-  for (int key = 0; key < keys; key++)
-    for (int d = 0; d < a.dim; d++) {
-      const size_t at = (size_t(key / 16) * a.dim + d) * 16 + key % 16;
-      k_blocks[at] = key < a.count ? a.k[size_t(key) * a.dim + d] : 0.0f;
-      v_blocks[at] = key < a.count ? a.v[size_t(key) * a.dim + d] : 0.0f;
-    }
+  float *k_blocks = a.scratch, *v_blocks = k_blocks + size_t(keys) * a.dim, *p = v_blocks + size_t(keys) * a.dim,
+        *ds = p + size_t(group) * keys;
+  block_keys(a.k, a.count, a.dim, k_blocks);
+  block_keys(a.v, a.count, a.dim, v_blocks);
   for (int row = 0; row < a.count; row += kAttendRows) {
-    const int rows = a.count - row < kAttendRows ? a.count - row : kAttendRows, total = rows * a.heads, last = row + rows - 1;
-    const int begin = a.window && row >= a.window ? (row - a.window + 1) / 16 * 16 : 0;
-    const float *q[64], *d_out[64];
-    for (int r = 0; r < total; r++) {
+    const int rows = a.count - row < kAttendRows ? a.count - row : kAttendRows;
+    BackwardRows b;
+    b.row = row;
+    b.total = rows * a.heads;
+    b.begin = a.window && row >= a.window ? (row - a.window + 1) / 16 * 16 : 0;
+    b.last = row + rows - 1;
+    for (int r = 0; r < b.total; r++) {
       const size_t offset = size_t(row + r / a.heads) * a.q_stride + (r % a.heads) * a.dim;
-      q[r] = a.q + offset;
-      d_out[r] = a.d_out + offset;
-      const float* out = a.out + offset;
-      typename V::F dots = V::zero();
-      for (int d = 0; d < a.dim; d += V::W) dots = V::fma(V::load(out + d), V::load(d_out[r] + d), dots);
-      const float delta = V::sum(dots);
-      const int position = row + r / a.heads, start = a.window && position >= a.window ? position - a.window + 1 : 0;
-      const typename V::F lse = V::set1(a.lse[size_t(position) * a.lse_stride + r % a.heads]), shift = V::set1(delta);
-      float *p_row = p + size_t(r) * keys, *ds_row = ds + size_t(r) * keys;
-      for (int key = begin; key <= last; key += 16) {
-        const float *qs[1] = {q[r]}, *dos[1] = {d_out[r]};
-        float *s_at[1] = {p_row + key}, *dp_at[1] = {ds_row + key};
-        score_block<V, float, 1>(qs, k_blocks + size_t(key) * a.dim, a.dim, s_at);
-        score_block<V, float, 1>(dos, v_blocks + size_t(key) * a.dim, a.dim, dp_at);
-        for (int i = 0; i < 16; i += V::W) {
-          const typename V::F weight = vexp<V>(V::sub(V::load(p_row + key + i), lse));
-          V::store(p_row + key + i, weight);
-          V::store(ds_row + key + i, V::mul(weight, V::sub(V::load(ds_row + key + i), shift)));
-        }
-      }
-      const int end = last / 16 * 16 + 16;
-      for (int key = begin; key < end; key++)
-        if (key < start || key > position) p_row[key] = ds_row[key] = 0;
+      b.q[r] = a.q + offset;
+      b.d_out[r] = a.d_out + offset;
+      b.p[r] = p + size_t(r) * keys;
+      b.ds[r] = ds + size_t(r) * keys;
     }
-    for (int key = begin; key <= last; key += 4) {  // whole groups of four: begin is a multiple of 16, keys are padded to 16
+    int r = 0;
+    for (; r + 4 <= b.total; r += 4) weigh_rows<V, 4>(a, b, r, k_blocks, v_blocks);
+    for (; r < b.total; r++) weigh_rows<V, 1>(a, b, r, k_blocks, v_blocks);
+    for (int key = b.begin; key <= b.last; key += 8)  // whole groups of eight: begin is a multiple of 16, keys are padded to 16
       for (int d = 0; d < a.dim; d += V::W) {
-        add_outer<V, 4>(p + key, keys, total, d_out, d, a.dv + size_t(key) * a.dim, a.dim);
-        add_outer<V, 4>(ds + key, keys, total, q, d, a.dk + size_t(key) * a.dim, a.dim);
+        add_outer<V, 8>(p + key, keys, b.total, b.d_out, d, a.dv + size_t(key) * a.dim, a.dim);
+        add_outer<V, 8>(ds + key, keys, b.total, b.q, d, a.dk + size_t(key) * a.dim, a.dim);
       }
-    }
-    for (int r = 0; r < total; r++) {
-      float* dq = a.dq + size_t(row + r / a.heads) * a.q_stride + (r % a.heads) * a.dim;
-      const float* ds_row = ds + size_t(r) * keys;
-      for (int d = 0; d < a.dim; d += V::W) {
-        typename V::F acc = V::zero();
-        for (int key = begin; key <= last; key++) acc = V::fma(V::load(a.k + size_t(key) * a.dim + d), V::set1(ds_row[key]), acc);
-        V::store(dq + d, V::mul(acc, V::set1(a.scale)));
-      }
-    }
+    for (r = 0; r + 4 <= b.total; r += 4) query_gradients<V, 4>(a, b, r);
+    for (; r < b.total; r++) query_gradients<V, 1>(a, b, r);
   }
 }
 

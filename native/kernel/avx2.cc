@@ -8,8 +8,6 @@ namespace {
 constexpr Kernels kTable = make_kernels<Avx2>(Level::avx2);
 }
 
-const Kernels* avx2_kernels() {
-  return &kTable;
-}
+const Kernels* avx2_kernels() { return &kTable; }
 
 }  // namespace nomoat

@@ -8,8 +8,6 @@ namespace {
 constexpr Kernels kTable = make_kernels<Avx2>(Level::avx2_vnni);
 }
 
-const Kernels* avx2_vnni_kernels() {
-  return &kTable;
-}
+const Kernels* avx2_vnni_kernels() { return &kTable; }
 
 }  // namespace nomoat

@@ -39,12 +39,19 @@ struct Avx512 {
 
   static F from_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static F from_bf16(const bf16* p) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+    return _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
   }
   static void store_bf16(bf16* p, F x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), __m256i(_mm512_cvtneps_pbh(x))); }
-  static F from_u8(const uint8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))); }
-  static F from_s8(const int8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))); }
-  static void store_s8(int8_t* p, F x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x))); }
+  static F from_u8(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static F from_s8(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static void store_s8(int8_t* p, F x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
+  }
 
   static I iset1(int x) { return _mm512_set1_epi32(x); }
   static F from_i32(I x) { return _mm512_cvtepi32_ps(x); }
@@ -78,7 +85,8 @@ struct Avx512 {
     odd = _mm512_castsi512_ps(_mm512_and_si512(p, _mm512_set1_epi32(int(0xffff0000))));
   }
   static Pairs pair_bf16(F even, F odd) {
-    const __m512i low = _mm512_cvtepu16_epi32(__m256i(_mm512_cvtneps_pbh(even))), high = _mm512_cvtepu16_epi32(__m256i(_mm512_cvtneps_pbh(odd)));
+    const __m512i low = _mm512_cvtepu16_epi32(__m256i(_mm512_cvtneps_pbh(even))),
+                  high = _mm512_cvtepu16_epi32(__m256i(_mm512_cvtneps_pbh(odd)));
     return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
   }
   static F dot_bf16(F acc, Pairs b, const bf16* a) { return _mm512_dpbf16_ps(acc, __m512bh(b), __m512bh(broadcast(a))); }
@@ -109,8 +117,6 @@ constexpr Kernels kTable = make_kernels<Avx512>(Level::avx512);
 
 }  // namespace
 
-const Kernels* avx512_kernels() {
-  return &kTable;
-}
+const Kernels* avx512_kernels() { return &kTable; }
 
 }  // namespace nomoat

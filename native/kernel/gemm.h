@@ -11,8 +11,8 @@ namespace {
 
 // M rows x W lanes. Integer dots are exact; each lane adds its 32-column blocks in order.
 template <class V, class Q, int M>
-inline void i8_tile(const uint8_t* planes, const uint8_t* scales, int lane, int tiles, const int8_t* q, const ActBlock* blocks, float* y, int ldy,
-                    bool add) {
+inline void i8_tile(const uint8_t* planes, const uint8_t* scales, int lane, int tiles, const int8_t* q, const ActBlock* blocks,
+                    float* y, int ldy, bool add) {
   using F = typename V::F;
   F acc[M];
   for (int m = 0; m < M; m++) acc[m] = V::zero();
@@ -48,7 +48,8 @@ inline void i8_tile(const uint8_t* planes, const uint8_t* scales, int lane, int 
 }
 
 template <class V>
-void gemm_i8(const Matrix& w, int first, int last, const int8_t* q, const ActBlock* blocks, int rows, float* y, int ldy, bool add) {
+void gemm_i8(const Matrix& w, int first, int last, const int8_t* q, const ActBlock* blocks, int rows, float* y, int ldy,
+             bool add) {
   const int tiles = w.tiles();
   with_format(w.format, [&](auto format) {
     using Q = decltype(format);
@@ -96,8 +97,10 @@ void gemm_float(const Matrix& w, int first, int last, const float* x, int ldx, i
         for (int lane = 0; lane < kStripRows; lane += V::W) {
           float* at = y + s * kStripRows + lane;
           int m = 0;
-          for (; m + 4 <= rows; m += 4) float_tile<V, Q, 4>(w.strip(s), lane, w.tiles(), x + size_t(m) * ldx, ldx, at + size_t(m) * ldy, ldy, add);
-          for (; m < rows; m++) float_tile<V, Q, 1>(w.strip(s), lane, w.tiles(), x + size_t(m) * ldx, ldx, at + size_t(m) * ldy, ldy, add);
+          for (; m + 4 <= rows; m += 4)
+            float_tile<V, Q, 4>(w.strip(s), lane, w.tiles(), x + size_t(m) * ldx, ldx, at + size_t(m) * ldy, ldy, add);
+          for (; m < rows; m++)
+            float_tile<V, Q, 1>(w.strip(s), lane, w.tiles(), x + size_t(m) * ldx, ldx, at + size_t(m) * ldy, ldy, add);
         }
     }
   });
@@ -150,7 +153,8 @@ template <class V>
 inline void put_block(const float* block, int stride, bf16* panel) {
   for (int p = 0; p < 16; p += 2)
     for (int c = 0; c < 16; c += V::W)
-      V::store_bytes(panel + p * kPanelCols + 2 * c, V::pair_bf16(V::load(block + p * stride + c), V::load(block + (p + 1) * stride + c)));
+      V::store_bytes(panel + p * kPanelCols + 2 * c,
+                     V::pair_bf16(V::load(block + p * stride + c), V::load(block + (p + 1) * stride + c)));
 }
 
 template <class V>
@@ -159,12 +163,8 @@ inline void put_block(const float* block, int stride, float* panel) {
     for (int c = 0; c < 16; c += V::W) V::store(panel + p * kPanelCols + c, V::load(block + p * stride + c));
 }
 
-inline bf16* panel_at(bf16* panel, int p, int c) {
-  return panel + p * kPanelCols + 2 * c;
-}
-inline float* panel_at(float* panel, int p, int c) {
-  return panel + p * kPanelCols + c;
-}
+inline bf16* panel_at(bf16* panel, int p, int c) { return panel + p * kPanelCols + 2 * c; }
+inline float* panel_at(float* panel, int p, int c) { return panel + p * kPanelCols + c; }
 
 template <class V, class T>
 void fill_panel(const Matrix& w, bool backward, int column, int from, int count, T* panel) {
@@ -198,7 +198,8 @@ void fill_plain_panel(const float* src, int ld, int rows, int cols, bool backwar
     for (int p = 0; p < count; p += 16) {
       const int row = backward ? from + p : column + c, col = backward ? column + c : from + p;
       for (int i = 0; i < 16; i++)
-        for (int j = 0; j < 16; j++) block[16 * i + j] = row + i < rows && col + j < cols ? src[size_t(row + i) * ld + col + j] : 0.0f;
+        for (int j = 0; j < 16; j++)
+          block[16 * i + j] = row + i < rows && col + j < cols ? src[size_t(row + i) * ld + col + j] : 0.0f;
       if (!backward) transpose16<V>(block, 16, turned);
       put_block<V>(backward ? block : turned, 16, panel_at(panel, p, c));
     }
@@ -258,9 +259,15 @@ inline void gemm_panel(const T* a, int lda, int rows, const T* panel, int count,
   constexpr int R = V::kGemmRows, N = V::kGemmVectors;
   for (int column = 0; column < kPanelCols; column += N * V::W) {
     int m = 0;
-    for (; m + R <= rows; m += R) gemm_tile<V, R, N>(a + size_t(m) * lda, lda, panel_at(const_cast<T*>(panel), 0, column), count, c + m * kPanelCols + column, add);
-    for (; m + 2 <= rows; m += 2) gemm_tile<V, 2, N>(a + size_t(m) * lda, lda, panel_at(const_cast<T*>(panel), 0, column), count, c + m * kPanelCols + column, add);
-    if (m < rows) gemm_tile<V, 1, N>(a + size_t(m) * lda, lda, panel_at(const_cast<T*>(panel), 0, column), count, c + m * kPanelCols + column, add);
+    for (; m + R <= rows; m += R)
+      gemm_tile<V, R, N>(a + size_t(m) * lda, lda, panel_at(const_cast<T*>(panel), 0, column), count, c + m * kPanelCols + column,
+                         add);
+    for (; m + 2 <= rows; m += 2)
+      gemm_tile<V, 2, N>(a + size_t(m) * lda, lda, panel_at(const_cast<T*>(panel), 0, column), count, c + m * kPanelCols + column,
+                         add);
+    if (m < rows)
+      gemm_tile<V, 1, N>(a + size_t(m) * lda, lda, panel_at(const_cast<T*>(panel), 0, column), count, c + m * kPanelCols + column,
+                         add);
   }
 }
 

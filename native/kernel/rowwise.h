@@ -129,7 +129,8 @@ float log_sum_exp(const float* x, int count) {
   for (int i = whole; i < count; i++) peak = x[i] > peak ? x[i] : peak;
   Sixteen<V> sum = Sixteen<V>::zero();
   for (int i = 0; i < whole; i += 16)
-    for (int j = 0; j < Sixteen<V>::N; j++) sum.at[j] = V::add(sum.at[j], vexp<V>(V::sub(V::load(x + i + j * V::W), V::set1(peak))));
+    for (int j = 0; j < Sixteen<V>::N; j++)
+      sum.at[j] = V::add(sum.at[j], vexp<V>(V::sub(V::load(x + i + j * V::W), V::set1(peak))));
   float total = sum.total();
   for (int i = whole; i < count; i++) total += expf(x[i] - peak);
   return peak + logf(total);
@@ -137,7 +138,8 @@ float log_sum_exp(const float* x, int count) {
 
 template <class V>
 void softmax_bf16(const float* x, float lse, float factor, int count, bf16* out) {
-  for (int i = 0; i < count; i += V::W) V::store_bf16(out + i, V::mul(vexp<V>(V::sub(V::load(x + i), V::set1(lse))), V::set1(factor)));
+  for (int i = 0; i < count; i += V::W)
+    V::store_bf16(out + i, V::mul(vexp<V>(V::sub(V::load(x + i), V::set1(lse))), V::set1(factor)));
 }
 
 template <class V>
@@ -234,8 +236,8 @@ inline double sum_squares(const float* x, int64_t count) {
 }
 
 // Plain loops: the compiler vectorizes them, element by element, so every level computes the same function.
-inline void adamw(float* w, const float* g, float* m, float* v, int64_t count, float grad_scale, float beta1, float beta2, float step_size,
-                  float root_correction, float eps, float decay) {
+inline void adamw(float* w, const float* g, float* m, float* v, int64_t count, float grad_scale, float beta1, float beta2,
+                  float step_size, float root_correction, float eps, float decay) {
   for (int64_t i = 0; i < count; i++) {
     const float gradient = g[i] * grad_scale;
     m[i] = beta1 * m[i] + (1.0f - beta1) * gradient;

@@ -83,8 +83,6 @@ constexpr Kernels kTable = make_kernels<Scalar>(Level::scalar);
 
 }  // namespace
 
-const Kernels* scalar_kernels() {
-  return &kTable;
-}
+const Kernels* scalar_kernels() { return &kTable; }
 
 }  // namespace nomoat

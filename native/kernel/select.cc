@@ -7,13 +7,18 @@ namespace {
 const Kernels* of(Level level) {
   switch (level) {
 #if defined(__x86_64__)
-    case Level::avx2: return avx2_kernels();
-    case Level::avx2_vnni: return avx2_vnni_kernels();
-    case Level::avx512: return avx512_kernels();
+    case Level::avx2:
+      return avx2_kernels();
+    case Level::avx2_vnni:
+      return avx2_vnni_kernels();
+    case Level::avx512:
+      return avx512_kernels();
 #elif defined(__aarch64__)
-    case Level::neon: return neon_kernels();
+    case Level::neon:
+      return neon_kernels();
 #endif
-    default: return scalar_kernels();
+    default:
+      return scalar_kernels();
   }
 }
 
@@ -26,8 +31,6 @@ const Kernels& kernels() {
   return *current;
 }
 
-void set_level(Level level) {
-  current = of(level);
-}
+void set_level(Level level) { current = of(level); }
 
 }  // namespace nomoat

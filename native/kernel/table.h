@@ -25,17 +25,17 @@ struct ActBlock {
 
 // Query rows that share one kv head, against the cache. A "virtual row" is one (row, head) pair.
 struct AttendArgs {
-  const float* q;            // [rows][heads][dim], already scaled
-  int rows, heads, dim;      // heads = query heads of the group; dim = head dimension padded to 16
-  int q_stride;              // floats between rows
-  int first_position;        // position of row 0; row i sees keys [max(0, p - window + 1), p], p = first_position + i
-  int window;                // 0 = all
-  const uint8_t* const* k;   // page -> keys [4 blocks of 16][dim / 2][16][2] bf16, or [4][dim][16] f32
-  const uint8_t* const* v;   // page -> values [64][dim]
-  float* out;                // [rows][heads][dim], stride q_stride
-  float* lse;                // [rows][heads] log of the sum of exponentials, stride lse_stride; may be null
+  const float* q;           // [rows][heads][dim], already scaled
+  int rows, heads, dim;     // heads = query heads of the group; dim = head dimension padded to 16
+  int q_stride;             // floats between rows
+  int first_position;       // position of row 0; row i sees keys [max(0, p - window + 1), p], p = first_position + i
+  int window;               // 0 = all
+  const uint8_t* const* k;  // page -> keys [4 blocks of 16][dim / 2][16][2] bf16, or [4][dim][16] f32
+  const uint8_t* const* v;  // page -> values [64][dim]
+  float* out;               // [rows][heads][dim], stride q_stride
+  float* lse;               // [rows][heads] log of the sum of exponentials, stride lse_stride; may be null
   int lse_stride;
-  float* scratch;            // rows * heads * round_up(last position + 1, 16)
+  float* scratch;  // rows * heads * round_up(last position + 1, 16)
 };
 
 // One segment and one kv head, all in float32. `scale` is the one that the forward pass put into q.
@@ -45,9 +45,9 @@ struct AttendBackwardArgs {
   const float* lse;              // [count][heads], stride lse_stride
   int count, heads, dim, q_stride, lse_stride, window;
   float scale;
-  float* dq;                     // [count][heads][dim], stride q_stride
-  float *dk, *dv;                // [count][dim]
-  float* scratch;                // attend_backward_scratch(count, heads, dim) floats
+  float* dq;       // [count][heads][dim], stride q_stride
+  float *dk, *dv;  // [count][dim]
+  float* scratch;  // attend_backward_scratch(count, heads, dim) floats
 };
 
 constexpr int kAttendRows = 4;  // query rows taken together by the attention kernels
@@ -61,7 +61,8 @@ struct Kernels {
   Level level;
   // -- products with packed weights -------------------------------------------------------------------------------
   // y[m, 16s + r] (+)= sum_k W[16s + r, k] x[m, k] for strips s of [first, last), integer formats, int8 activations
-  void (*gemm_i8)(const Matrix& w, int first, int last, const int8_t* q, const ActBlock* blocks, int rows, float* y, int ldy, bool add);
+  void (*gemm_i8)(const Matrix& w, int first, int last, const int8_t* q, const ActBlock* blocks, int rows, float* y, int ldy,
+                  bool add);
   // the same in float32: the product for F32, F16 and BF16 weights
   void (*gemm_float)(const Matrix& w, int first, int last, const float* x, int ldx, int rows, float* y, int ldy, bool add);
   // panel[p][c] = W[column + c, from + p], or W[from + p, column + c] when `backward`; c < 48, p < count (a multiple of 16).
@@ -69,8 +70,10 @@ struct Kernels {
   void (*panel_bf16)(const Matrix& w, bool backward, int column, int from, int count, bf16* panel);
   void (*panel_f32)(const Matrix& w, bool backward, int column, int from, int count, float* panel);
   // the same from a plain float32 matrix src[rows][ld]: panel[p][c] = src[column + c][from + p], or src[from + p][column + c]
-  void (*plain_panel_bf16)(const float* src, int ld, int rows, int cols, bool backward, int column, int from, int count, bf16* panel);
-  void (*plain_panel_f32)(const float* src, int ld, int rows, int cols, bool backward, int column, int from, int count, float* panel);
+  void (*plain_panel_bf16)(const float* src, int ld, int rows, int cols, bool backward, int column, int from, int count,
+                           bf16* panel);
+  void (*plain_panel_f32)(const float* src, int ld, int rows, int cols, bool backward, int column, int from, int count,
+                          float* panel);
   // c[m, 0..47] (+)= sum_p a[m, p] panel[p, c]
   void (*gemm_bf16)(const bf16* a, int lda, int rows, const bf16* panel, int count, float* c, bool add);
   void (*gemm_f32)(const float* a, int lda, int rows, const float* panel, int count, float* c, bool add);
@@ -82,8 +85,10 @@ struct Kernels {
   // y[n] += sum_r u[r] bt[r, n]
   void (*lora_expand)(const float* u, const float* bt, int ldb, int rank, int first, int last, float* y);
   // out[r, c] += sum_m u[m, r] x[m, c] for columns [first, last), multiples of 16
-  void (*outer_bf16)(const float* u, int ldu, int rank, const bf16* x, int ldx, int rows, int first, int last, float* out, int ldo);
-  void (*outer_f32)(const float* u, int ldu, int rank, const float* x, int ldx, int rows, int first, int last, float* out, int ldo);
+  void (*outer_bf16)(const float* u, int ldu, int rank, const bf16* x, int ldx, int rows, int first, int last, float* out,
+                     int ldo);
+  void (*outer_f32)(const float* u, int ldu, int rank, const float* x, int ldx, int rows, int first, int last, float* out,
+                    int ldo);
   // -- rows ---------------------------------------------------------------------------------------------------------
   void (*quantize)(const float* x, int cols, int8_t* q, ActBlock* blocks);
   void (*to_bf16)(const float* x, int count, bf16* out);
@@ -109,8 +114,8 @@ struct Kernels {
   // -- optimizer ----------------------------------------------------------------------------------------------------
   double (*sum_squares)(const float* x, int64_t count);
   // AdamW (Loshchilov and Hutter 2019): the bias corrections are folded into `step_size` and `root_correction`
-  void (*adamw)(float* w, const float* g, float* m, float* v, int64_t count, float grad_scale, float beta1, float beta2, float step_size,
-                float root_correction, float eps, float decay);
+  void (*adamw)(float* w, const float* g, float* m, float* v, int64_t count, float grad_scale, float beta1, float beta2,
+                float step_size, float root_correction, float eps, float decay);
 };
 
 const Kernels* scalar_kernels();

@@ -48,7 +48,10 @@ struct Widths {
   int d, q, kv, heads_q, heads_kv;  // padded residual, q and kv product widths; [heads][head_stride] widths
 
   explicit Widths(const Dims& dims)
-      : d(padded(dims.width)), q(padded(dims.q_width())), kv(padded(dims.kv_width())), heads_q(dims.heads * dims.head_stride()),
+      : d(padded(dims.width)),
+        q(padded(dims.q_width())),
+        kv(padded(dims.kv_width())),
+        heads_q(dims.heads * dims.head_stride()),
         heads_kv(dims.kv_heads * dims.head_stride()) {}
 };
 
@@ -130,7 +133,8 @@ void flatten(const Dims& dims, const float* from, int rows, const Widths& w, flo
   for_rows(rows, 32, [&](int first, int last) {
     for (int m = first; m < last; m++)
       for (int h = 0; h < dims.heads; h++)
-        std::memcpy(to + size_t(m) * w.q + h * dims.head_dim, from + size_t(m) * w.heads_q + h * dims.head_stride(), size_t(dims.head_dim) * sizeof(float));
+        std::memcpy(to + size_t(m) * w.q + h * dims.head_dim, from + size_t(m) * w.heads_q + h * dims.head_stride(),
+                    size_t(dims.head_dim) * sizeof(float));
   });
 }
 
@@ -138,13 +142,14 @@ void spread(const Dims& dims, const float* from, int rows, const Widths& w, floa
   for_rows(rows, 32, [&](int first, int last) {
     for (int m = first; m < last; m++)
       for (int h = 0; h < dims.heads; h++)
-        std::memcpy(to + size_t(m) * w.heads_q + h * dims.head_stride(), from + size_t(m) * w.q + h * dims.head_dim, size_t(dims.head_dim) * sizeof(float));
+        std::memcpy(to + size_t(m) * w.heads_q + h * dims.head_stride(), from + size_t(m) * w.q + h * dims.head_dim,
+                    size_t(dims.head_dim) * sizeof(float));
   });
 }
 
 // dq, dk, dv of one segment and kv head, in float32.
-void backward_task(Engine& engine, const Segment& s, int kv_head, const Widths& w, const float* q, const float* k, const float* v, const float* mixed,
-                   const float* d_mixed, const float* lse, int thread) {
+void backward_task(Engine& engine, const Segment& s, int kv_head, const Widths& w, const float* q, const float* k, const float* v,
+                   const float* mixed, const float* d_mixed, const float* lse, int thread) {
   const Dims& dims = engine.dims;
   const int dim = dims.head_stride(), keys = round_up(s.count, 16), group = dims.group();
   const size_t rows = size_t(keys) * dim;
@@ -182,16 +187,19 @@ void backward_task(Engine& engine, const Segment& s, int kv_head, const Widths& 
     const size_t m = size_t(s.row + i);
     for (int h = 0; h < group; h++) {
       const int head = kv_head * group + h;
-      rotate(dims, engine.mixed.data<float>() + m * w.heads_q + size_t(head) * dim, angles, -1, 1, engine.dq.data<float>() + m * w.q + head * dims.head_dim);
+      rotate(dims, engine.mixed.data<float>() + m * w.heads_q + size_t(head) * dim, angles, -1, 1,
+             engine.dq.data<float>() + m * w.q + head * dims.head_dim);
     }
     rotate(dims, dk + size_t(i) * dim, angles, -1, 1, engine.dk.data<float>() + m * w.kv + kv_head * dims.head_dim);
-    std::memcpy(engine.dv.data<float>() + m * w.kv + kv_head * dims.head_dim, dv + size_t(i) * dim, size_t(dims.head_dim) * sizeof(float));
+    std::memcpy(engine.dv.data<float>() + m * w.kv + kv_head * dims.head_dim, dv + size_t(i) * dim,
+                size_t(dims.head_dim) * sizeof(float));
   }
 }
 
 }  // namespace
 
-void attention_forward(Engine& engine, int layer, Mode mode, float* x, const Batch& batch, const KvCache& cache, int cache_layer, LayerTape* tape) {
+void attention_forward(Engine& engine, int layer, Mode mode, float* x, const Batch& batch, const KvCache& cache, int cache_layer,
+                       LayerTape* tape) {
   const Dims& dims = engine.dims;
   const Layer& own = engine.layers[layer];
   const Widths w(dims);
@@ -224,7 +232,8 @@ void attention_forward(Engine& engine, int layer, Mode mode, float* x, const Bat
   linear(engine, mixed, out, 1, batch, layer);
 }
 
-void attention_backward(Engine& engine, int layer, Mode mode, float* dx, const Batch& batch, const LayerTape& tape, bool need_dx) {
+void attention_backward(Engine& engine, int layer, Mode mode, float* dx, const Batch& batch, const LayerTape& tape,
+                        bool need_dx) {
   const Dims& dims = engine.dims;
   const Layer& own = engine.layers[layer];
   const Widths w(dims);
@@ -251,7 +260,8 @@ void attention_backward(Engine& engine, int layer, Mode mode, float* dx, const B
   engine.rope_table(furthest);  // grown here, read by the tasks
   const int segments = int(batch.segments.size());
   parallel_for(segments * dims.kv_heads, [&](int task, int thread) {
-    backward_task(engine, batch.segments[task / dims.kv_heads], task % dims.kv_heads, w, q, k, v, mixed_heads, d_mixed_heads, tape.lse.data<float>(), thread);
+    backward_task(engine, batch.segments[task / dims.kv_heads], task % dims.kv_heads, w, q, k, v, mixed_heads, d_mixed_heads,
+                  tape.lse.data<float>(), thread);
   });
   // through the input products and the norm
   const float* x = load_rows(mode, tape.x, rows * w.d, engine.x_wide);
@@ -267,7 +277,8 @@ void attention_backward(Engine& engine, int layer, Mode mode, float* dx, const B
   if (!need_dx) return;
   for_rows(batch.rows, 8, [&](int first, int last) {
     for (int m = first; m < last; m++)
-      kernels().rms_norm_backward(x + size_t(m) * w.d, own.attn_norm, dh + size_t(m) * w.d, dims.width, dims.eps, dx + size_t(m) * w.d);
+      kernels().rms_norm_backward(x + size_t(m) * w.d, own.attn_norm, dh + size_t(m) * w.d, dims.width, dims.eps,
+                                  dx + size_t(m) * w.d);
   });
 }
 

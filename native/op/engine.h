@@ -18,9 +18,7 @@ enum class Mode : int { int8, bf16, f32 };  // activations of the products with 
 
 enum Target { kQ, kK, kV, kO, kGate, kUp, kDown, kTargets };
 
-inline int padded(int n) {
-  return round_up(n, 32);
-}
+inline int padded(int n) { return round_up(n, 32); }
 
 struct Dims {
   int layers, width, heads, kv_heads, head_dim, ffn, vocab, context, window;
@@ -70,7 +68,9 @@ class KvCache {
   bool f32() const { return f32_; }
   int layers() const { return int(layers_); }
 
-  uint8_t* keys(int page, int layer, int head) const { return pages_[page].data<uint8_t>() + layer * layer_bytes_ + head * head_bytes_; }
+  uint8_t* keys(int page, int layer, int head) const {
+    return pages_[page].data<uint8_t>() + layer * layer_bytes_ + head * head_bytes_;
+  }
   uint8_t* values(int page, int layer, int head) const { return keys(page, layer, head) + head_bytes_ / 2; }
 
  private:
@@ -87,13 +87,14 @@ struct LayerTape {
 
 // A training step. Layers that are not kept store their float32 input and are run again before their backward.
 struct Tape {
-  std::vector<LayerTape> kept;    // by layer; empty buffers where not kept
-  std::vector<Buffer> inputs;     // by layer, float32 [M][D], where not kept
+  std::vector<LayerTape> kept;  // by layer; empty buffers where not kept
+  std::vector<Buffer> inputs;   // by layer, float32 [M][D], where not kept
   std::vector<char> keep;
-  LayerTape again;                // the layer that is being run again
-  KvCache scratch;                // keys and values of one layer
+  LayerTape again;  // the layer that is being run again
+  KvCache scratch;  // keys and values of one layer
 
-  Tape(const Dims& dims, Mode mode) : kept(dims.layers), inputs(dims.layers), keep(dims.layers, 1), scratch(1, dims, mode == Mode::f32) {}
+  Tape(const Dims& dims, Mode mode)
+      : kept(dims.layers), inputs(dims.layers), keep(dims.layers, 1), scratch(1, dims, mode == Mode::f32) {}
   Tape(Tape&&) = default;
 };
 
@@ -116,8 +117,8 @@ struct Engine {
   const float* rope_table(int positions);
 
   // scratch, grown on demand; names say who uses them
-  Buffer normed, normed_low, blocks, q8, q, k, v, attn_q, attn_k, attn_v, mixed, mixed_flat, gate, up, act, act_low, u, du, logits, lse, dy_low, dx, dgate, dup, dmixed,
-      dq, dk, dv, head_x, head_dx, x_wide;
+  Buffer normed, normed_low, blocks, q8, q, k, v, attn_q, attn_k, attn_v, mixed, mixed_flat, gate, up, act, act_low, u, du,
+      logits, lse, dy_low, dx, dgate, dup, dmixed, dq, dk, dv, head_x, head_dx, x_wide;
   std::array<Buffer, kTargets> target_u;
   std::vector<Buffer> thread_scratch = std::vector<Buffer>(256);
 
@@ -142,11 +143,11 @@ Activations prepare(Mode mode, const float* x, int rows, int cols, Buffer& low, 
 
 struct LinearJob {
   const Matrix* w;
-  int target;   // which adapters apply; kTargets = none
-  float* y;     // [rows][ldy]
+  int target;  // which adapters apply; kTargets = none
+  float* y;    // [rows][ldy]
   int ldy;
-  bool add;     // y += instead of y =
-  Buffer* u;    // where the tape keeps the rank-r intermediate; null = scratch
+  bool add;   // y += instead of y =
+  Buffer* u;  // where the tape keeps the rank-r intermediate; null = scratch
 };
 
 // y = W x + adapters, for jobs that share their input.
@@ -157,11 +158,12 @@ struct LinearBackwardJob {
   int target;
   const float* dy;  // [rows][ldy], padding zero
   int ldy;
-  const float* u;   // from the tape; null without adapters
+  const float* u;  // from the tape; null without adapters
 };
 
 // dx (+)= sum over jobs of dy W + adapters; accumulates da and dbt. `x` is the forward input. dx may be null (not needed).
-void linear_backward(Engine& engine, const Activations& x, const LinearBackwardJob* jobs, int count, const Batch& batch, int layer, float* dx, int ldx);
+void linear_backward(Engine& engine, const Activations& x, const LinearBackwardJob* jobs, int count, const Batch& batch,
+                     int layer, float* dx, int ldx);
 
 // ---- op/rows.cc ----
 
@@ -190,7 +192,8 @@ void embed_rows(Engine&, const int32_t* tokens, int rows, float* x);
 // logits[i, :] = head(norm(x[rows[i]])), float32 [count][vocab padded to 32]
 void head_logits(Engine&, Mode, const float* x, const int32_t* rows, int count, float* logits);
 // logp[i] = log p(targets[i] | x[rows[i]]); when d_logp is given, dx[rows[i]] += d_logp[i] * d logp[i] / dx.
-void head_logprobs(Engine&, Mode, const float* x, const int32_t* rows, const int32_t* targets, int count, float* logp, const float* d_logp, float* dx);
+void head_logprobs(Engine&, Mode, const float* x, const int32_t* rows, const int32_t* targets, int count, float* logp,
+                   const float* d_logp, float* dx);
 
 // ---- op/sample.cc ----
 

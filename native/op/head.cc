@@ -16,7 +16,8 @@ const float* gather_normed(Engine& engine, const float* x, const int32_t* rows, 
   float* h = engine.head_x.get<float>(size_t(count) * width);
   for_rows(count, 4, [&](int first, int last) {
     for (int i = first; i < last; i++)
-      kernels().rms_norm(x + size_t(rows[i]) * width, engine.final_norm, engine.dims.width, engine.dims.eps, h + size_t(i) * width);
+      kernels().rms_norm(x + size_t(rows[i]) * width, engine.final_norm, engine.dims.width, engine.dims.eps,
+                         h + size_t(i) * width);
   });
   return h;
 }
@@ -30,7 +31,8 @@ Activations project(Engine& engine, Mode mode, const float* h, int count, float*
 }
 
 // dlogits = d_logp * (onehot(target) - softmax(logits)), in place of the logits.
-void logits_backward(const Engine& engine, float* logits, const float* lse, const int32_t* targets, const float* d_logp, int count) {
+void logits_backward(const Engine& engine, float* logits, const float* lse, const int32_t* targets, const float* d_logp,
+                     int count) {
   const int vocab = padded(engine.dims.vocab);
   for_rows(count, 1, [&](int first, int last) {
     for (int i = first; i < last; i++) {
@@ -49,7 +51,8 @@ void head_logits(Engine& engine, Mode mode, const float* x, const int32_t* rows,
   project(engine, mode, gather_normed(engine, x, rows, count), count, logits);
 }
 
-void head_logprobs(Engine& engine, Mode mode, const float* x, const int32_t* rows, const int32_t* targets, int count, float* logp, const float* d_logp, float* dx) {
+void head_logprobs(Engine& engine, Mode mode, const float* x, const int32_t* rows, const int32_t* targets, int count, float* logp,
+                   const float* d_logp, float* dx) {
   const int width = padded(engine.dims.width), vocab = padded(engine.dims.vocab);
   for (int first = 0; first < count; first += kChunk) {
     const int n = count - first < kChunk ? count - first : kChunk;

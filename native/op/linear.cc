@@ -16,12 +16,17 @@ struct Ops;
 
 template <>
 struct Ops<bf16> {
-  static void panel(const Matrix& w, bool backward, int column, int from, int count, bf16* out) { kernels().panel_bf16(w, backward, column, from, count, out); }
+  static void panel(const Matrix& w, bool backward, int column, int from, int count, bf16* out) {
+    kernels().panel_bf16(w, backward, column, from, count, out);
+  }
   static void plain_panel(const float* s, int ld, int rows, int cols, bool backward, int column, int from, int count, bf16* out) {
     kernels().plain_panel_bf16(s, ld, rows, cols, backward, column, from, count, out);
   }
-  static void gemm(const bf16* a, int lda, int rows, const bf16* panel, int count, float* c, bool add) { kernels().gemm_bf16(a, lda, rows, panel, count, c, add); }
-  static void outer(const float* u, int ldu, int rank, const bf16* x, int ldx, int rows, int first, int last, float* out, int ldo) {
+  static void gemm(const bf16* a, int lda, int rows, const bf16* panel, int count, float* c, bool add) {
+    kernels().gemm_bf16(a, lda, rows, panel, count, c, add);
+  }
+  static void outer(const float* u, int ldu, int rank, const bf16* x, int ldx, int rows, int first, int last, float* out,
+                    int ldo) {
     kernels().outer_bf16(u, ldu, rank, x, ldx, rows, first, last, out, ldo);
   }
   static const bf16* of(const Activations& x) { return x.low; }
@@ -29,12 +34,18 @@ struct Ops<bf16> {
 
 template <>
 struct Ops<float> {
-  static void panel(const Matrix& w, bool backward, int column, int from, int count, float* out) { kernels().panel_f32(w, backward, column, from, count, out); }
-  static void plain_panel(const float* s, int ld, int rows, int cols, bool backward, int column, int from, int count, float* out) {
+  static void panel(const Matrix& w, bool backward, int column, int from, int count, float* out) {
+    kernels().panel_f32(w, backward, column, from, count, out);
+  }
+  static void plain_panel(const float* s, int ld, int rows, int cols, bool backward, int column, int from, int count,
+                          float* out) {
     kernels().plain_panel_f32(s, ld, rows, cols, backward, column, from, count, out);
   }
-  static void gemm(const float* a, int lda, int rows, const float* panel, int count, float* c, bool add) { kernels().gemm_f32(a, lda, rows, panel, count, c, add); }
-  static void outer(const float* u, int ldu, int rank, const float* x, int ldx, int rows, int first, int last, float* out, int ldo) {
+  static void gemm(const float* a, int lda, int rows, const float* panel, int count, float* c, bool add) {
+    kernels().gemm_f32(a, lda, rows, panel, count, c, add);
+  }
+  static void outer(const float* u, int ldu, int rank, const float* x, int ldx, int rows, int first, int last, float* out,
+                    int ldo) {
     kernels().outer_f32(u, ldu, rank, x, ldx, rows, first, last, out, ldo);
   }
   static const float* of(const Activations& x) { return x.f32; }
@@ -78,7 +89,8 @@ void for_shares(int rows, Body&& body) {
 
 // out[m, r] = scale[r] * sum_p a[m, p] s[r, p] for m in [0, rows), s plain [rank][ld]
 template <class T>
-void project_rows(const T* a, int lda, int rows, const float* s, int ld, int width, int rank, const float* scale, float* out, int ldo, Buffer& scratch) {
+void project_rows(const T* a, int lda, int rows, const float* s, int ld, int width, int rank, const float* scale, float* out,
+                  int ldo, Buffer& scratch) {
   T* panel = scratch.get<T>(size_t(kPanelDepth) * kPanelCols + sizeof(float) / sizeof(T) * size_t(rows) * kPanelCols);
   float* c = reinterpret_cast<float*>(panel + size_t(kPanelDepth) * kPanelCols);
   for (int column = 0; column < rank; column += kPanelCols) {
@@ -126,7 +138,8 @@ void adapters_int8(Engine& engine, const Activations& x, const LinearJob* jobs, 
     for_adapter_runs(batch, layer, job.target, [&](const Lora& lora, int first, int last) {
       for_rows(last - first, 4, [&](int a, int b) {
         for (int m = first + a; m < first + b; m++) {
-          kernels().lora_shrink(x.f32 + size_t(m) * x.cols, lora.a, columns, lora.scale, lora.rank, columns, u + size_t(m) * rank);
+          kernels().lora_shrink(x.f32 + size_t(m) * x.cols, lora.a, columns, lora.scale, lora.rank, columns,
+                                u + size_t(m) * rank);
           kernels().lora_expand(u + size_t(m) * rank, lora.bt, rows, lora.rank, 0, rows, job.y + size_t(m) * job.ldy);
         }
       });
@@ -145,8 +158,8 @@ void linear_panels(Engine& engine, const Activations& x, const LinearJob* jobs, 
     u[j] = to;
     for_adapter_runs(batch, layer, jobs[j].target, [&](const Lora& lora, int first, int last) {
       for_shares(last - first, [&](int a, int b, int thread) {
-        project_rows<T>(Ops<T>::of(x) + size_t(first + a) * x.cols, x.cols, b - a, lora.a, jobs[j].w->cols, jobs[j].w->cols, lora.rank, lora.scale,
-                        to + size_t(first + a) * ranks[j], ranks[j], engine.thread_scratch[thread]);
+        project_rows<T>(Ops<T>::of(x) + size_t(first + a) * x.cols, x.cols, b - a, lora.a, jobs[j].w->cols, jobs[j].w->cols,
+                        lora.rank, lora.scale, to + size_t(first + a) * ranks[j], ranks[j], engine.thread_scratch[thread]);
       });
     });
   }
@@ -190,7 +203,8 @@ void linear_panels(Engine& engine, const Activations& x, const LinearJob* jobs, 
 // ---- backward ---------------------------------------------------------------------------------------------------------
 
 template <class T>
-void backward_panels(Engine& engine, const Activations& x, const LinearBackwardJob* jobs, int count, const Batch& batch, int layer, float* dx, int ldx) {
+void backward_panels(Engine& engine, const Activations& x, const LinearBackwardJob* jobs, int count, const Batch& batch,
+                     int layer, float* dx, int ldx) {
   size_t total = 0, total_u = 0;
   for (int j = 0; j < count; j++) {
     total += size_t(x.rows) * jobs[j].ldy;
@@ -203,7 +217,9 @@ void backward_panels(Engine& engine, const Activations& x, const LinearBackwardJ
   for (int j = 0; j < count; j++) {
     const LinearBackwardJob& job = jobs[j];
     if constexpr (std::is_same_v<T, bf16>) {
-      for_rows(x.rows, 32, [&](int a, int b) { kernels().to_bf16(job.dy + size_t(a) * job.ldy, (b - a) * job.ldy, low + size_t(a) * job.ldy); });
+      for_rows(x.rows, 32, [&](int a, int b) {
+        kernels().to_bf16(job.dy + size_t(a) * job.ldy, (b - a) * job.ldy, low + size_t(a) * job.ldy);
+      });
       dy[j] = low;
       low += size_t(x.rows) * job.ldy;
     } else {
@@ -214,15 +230,17 @@ void backward_panels(Engine& engine, const Activations& x, const LinearBackwardJ
     du[j] = du_all;
     du_all += size_t(x.rows) * lora->rank;
     for_shares(x.rows, [&](int a, int b, int thread) {
-      project_rows<T>(dy[j] + size_t(a) * job.ldy, job.ldy, b - a, lora->bt, job.w->rows, job.w->rows, lora->rank, lora->scale, du[j] + size_t(a) * lora->rank,
-                      lora->rank, engine.thread_scratch[thread]);
+      project_rows<T>(dy[j] + size_t(a) * job.ldy, job.ldy, b - a, lora->bt, job.w->rows, job.w->rows, lora->rank, lora->scale,
+                      du[j] + size_t(a) * lora->rank, lora->rank, engine.thread_scratch[thread]);
     });
     if (!lora->da) continue;
     constexpr int chunk = 64;
-    const int trained = lora->rank - lora->trained, a_chunks = (job.w->cols + chunk - 1) / chunk, b_chunks = (job.w->rows + chunk - 1) / chunk;
+    const int trained = lora->rank - lora->trained, a_chunks = (job.w->cols + chunk - 1) / chunk,
+              b_chunks = (job.w->rows + chunk - 1) / chunk;
     parallel_for(a_chunks + b_chunks, [&](int task, int) {
       const bool is_a = task < a_chunks;
-      const int width = is_a ? job.w->cols : job.w->rows, first = (is_a ? task : task - a_chunks) * chunk, last = width < first + chunk ? width : first + chunk;
+      const int width = is_a ? job.w->cols : job.w->rows, first = (is_a ? task : task - a_chunks) * chunk,
+                last = width < first + chunk ? width : first + chunk;
       const float* left = (is_a ? du[j] : job.u) + lora->trained;
       float* out = (is_a ? lora->da : lora->dbt);
       if (is_a)
@@ -257,7 +275,8 @@ void backward_panels(Engine& engine, const Activations& x, const LinearBackwardJ
       }
     }
     const int used = ldx - column < kPanelCols ? ldx - column : kPanelCols;
-    for (int m = 0; m < x.rows; m++) std::memcpy(dx + size_t(m) * ldx + column, c + size_t(m) * kPanelCols, size_t(used) * sizeof(float));
+    for (int m = 0; m < x.rows; m++)
+      std::memcpy(dx + size_t(m) * ldx + column, c + size_t(m) * kPanelCols, size_t(used) * sizeof(float));
   });
 }
 
@@ -267,14 +286,17 @@ Activations prepare(Mode mode, const float* x, int rows, int cols, Buffer& low, 
   Activations a{mode, rows, cols, x, nullptr, nullptr, nullptr};
   if (mode == Mode::bf16) {
     bf16* to = low.get<bf16>(size_t(rows) * cols);
-    for_rows(rows, 32, [&](int first, int last) { kernels().to_bf16(x + size_t(first) * cols, (last - first) * cols, to + size_t(first) * cols); });
+    for_rows(rows, 32, [&](int first, int last) {
+      kernels().to_bf16(x + size_t(first) * cols, (last - first) * cols, to + size_t(first) * cols);
+    });
     a.low = to;
   } else if (mode == Mode::int8) {
     const int per_row = cols / kTileCols;
     int8_t* codes = q.get<int8_t>(size_t(rows) * cols);
     ActBlock* scales = blocks.get<ActBlock>(size_t(rows) * per_row);
     for_rows(rows, 8, [&](int first, int last) {
-      for (int m = first; m < last; m++) kernels().quantize(x + size_t(m) * cols, cols, codes + size_t(m) * cols, scales + size_t(m) * per_row);
+      for (int m = first; m < last; m++)
+        kernels().quantize(x + size_t(m) * cols, cols, codes + size_t(m) * cols, scales + size_t(m) * per_row);
     });
     a.q = codes;
     a.blocks = scales;
@@ -293,7 +315,8 @@ void linear(Engine& engine, const Activations& x, const LinearJob* jobs, int cou
   }
 }
 
-void linear_backward(Engine& engine, const Activations& x, const LinearBackwardJob* jobs, int count, const Batch& batch, int layer, float* dx, int ldx) {
+void linear_backward(Engine& engine, const Activations& x, const LinearBackwardJob* jobs, int count, const Batch& batch,
+                     int layer, float* dx, int ldx) {
   if (x.mode == Mode::bf16)
     backward_panels<bf16>(engine, x, jobs, count, batch, layer, dx, ldx);
   else

@@ -10,7 +10,8 @@ void mlp_forward(Engine& engine, int layer, Mode mode, float* x, const Batch& ba
   const size_t rows = size_t(batch.rows);
   const float* h = normed(engine, x, own.mlp_norm, batch.rows);
   const Activations input = prepare(mode, h, batch.rows, width, engine.normed_low, engine.q8, engine.blocks);
-  float *gate = engine.gate.get<float>(rows * ffn), *up = engine.up.get<float>(rows * ffn), *act = engine.act.get<float>(rows * ffn);
+  float *gate = engine.gate.get<float>(rows * ffn), *up = engine.up.get<float>(rows * ffn),
+        *act = engine.act.get<float>(rows * ffn);
   const LinearJob jobs[] = {
       {&own.w[kGate], kGate, gate, ffn, false, tape ? &tape->u[kGate] : nullptr},
       {&own.w[kUp], kUp, up, ffn, false, tape ? &tape->u[kUp] : nullptr},
@@ -35,7 +36,8 @@ void mlp_backward(Engine& engine, int layer, Mode mode, float* dx, const Batch& 
   const int width = padded(engine.dims.width), ffn = padded(engine.dims.ffn);
   const size_t rows = size_t(batch.rows);
   const float *gate = load_rows(mode, tape.gate, rows * ffn, engine.gate), *up = load_rows(mode, tape.up, rows * ffn, engine.up);
-  float *act = engine.act.get<float>(rows * ffn), *d_gate = engine.dgate.get<float>(rows * ffn), *d_up = engine.dup.get<float>(rows * ffn);
+  float *act = engine.act.get<float>(rows * ffn), *d_gate = engine.dgate.get<float>(rows * ffn),
+        *d_up = engine.dup.get<float>(rows * ffn);
   for_rows(batch.rows, 8, [&](int first, int last) {
     const size_t at = size_t(first) * ffn;
     kernels().silu_mul(gate + at, up + at, (last - first) * ffn, act + at);
@@ -58,7 +60,8 @@ void mlp_backward(Engine& engine, int layer, Mode mode, float* dx, const Batch& 
   linear_backward(engine, input, jobs, 2, batch, layer, dh, width);
   for_rows(batch.rows, 8, [&](int first, int last) {
     for (int m = first; m < last; m++)
-      kernels().rms_norm_backward(x + size_t(m) * width, own.mlp_norm, dh + size_t(m) * width, engine.dims.width, engine.dims.eps, dx + size_t(m) * width);
+      kernels().rms_norm_backward(x + size_t(m) * width, own.mlp_norm, dh + size_t(m) * width, engine.dims.width, engine.dims.eps,
+                                  dx + size_t(m) * width);
   });
 }
 

@@ -39,7 +39,8 @@ const float* normed(Engine& engine, const float* x, const float* weight, int row
   const int width = padded(engine.dims.width);
   float* h = engine.normed.get<float>(size_t(rows) * width);
   for_rows(rows, 8, [&](int first, int last) {
-    for (int m = first; m < last; m++) kernels().rms_norm(x + size_t(m) * width, weight, engine.dims.width, engine.dims.eps, h + size_t(m) * width);
+    for (int m = first; m < last; m++)
+      kernels().rms_norm(x + size_t(m) * width, weight, engine.dims.width, engine.dims.eps, h + size_t(m) * width);
   });
   return h;
 }

@@ -18,17 +18,39 @@ namespace {
 template <class Visit>
 bool with_format(Format format, Visit&& visit) {
   switch (format) {
-    case Format::F32: visit(F32{}); return true;
-    case Format::F16: visit(F16{}); return true;
-    case Format::BF16: visit(BF16{}); return true;
-    case Format::Q4_0: visit(Q4_0{}); return true;
-    case Format::Q4_1: visit(Q4_1{}); return true;
-    case Format::Q5_0: visit(Q5_0{}); return true;
-    case Format::Q5_1: visit(Q5_1{}); return true;
-    case Format::Q8_0: visit(Q8_0{}); return true;
-    case Format::Q4_K: visit(Q4_K{}); return true;
-    case Format::Q5_K: visit(Q5_K{}); return true;
-    case Format::Q6_K: visit(Q6_K{}); return true;
+    case Format::F32:
+      visit(F32{});
+      return true;
+    case Format::F16:
+      visit(F16{});
+      return true;
+    case Format::BF16:
+      visit(BF16{});
+      return true;
+    case Format::Q4_0:
+      visit(Q4_0{});
+      return true;
+    case Format::Q4_1:
+      visit(Q4_1{});
+      return true;
+    case Format::Q5_0:
+      visit(Q5_0{});
+      return true;
+    case Format::Q5_1:
+      visit(Q5_1{});
+      return true;
+    case Format::Q8_0:
+      visit(Q8_0{});
+      return true;
+    case Format::Q4_K:
+      visit(Q4_K{});
+      return true;
+    case Format::Q5_K:
+      visit(Q5_K{});
+      return true;
+    case Format::Q6_K:
+      visit(Q6_K{});
+      return true;
   }
   return false;
 }

@@ -45,9 +45,7 @@ inline uint16_t float_to_half(float value) {
   return uint16_t(sign | ((rounded - 0x38000000) >> 13));
 }
 
-inline float bf16_to_float(uint16_t value) {
-  return bits_to_float(uint32_t(value) << 16);
-}
+inline float bf16_to_float(uint16_t value) { return bits_to_float(uint32_t(value) << 16); }
 
 // binary32 -> bf16, round to nearest even; NaN stays NaN.
 inline uint16_t float_to_bf16(float value) {

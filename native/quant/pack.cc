@@ -16,10 +16,12 @@ Matrix packed_matrix(Format format, int rows, int cols) {
   m.format = format;
   m.rows = rows;
   m.cols = cols;
-  if (rows <= 0 || cols <= 0) throw std::invalid_argument("matrix of " + std::to_string(rows) + " x " + std::to_string(cols) + ": both must be positive");
+  if (rows <= 0 || cols <= 0)
+    throw std::invalid_argument("matrix of " + std::to_string(rows) + " x " + std::to_string(cols) + ": both must be positive");
   const bool known = with_format(format, [&](auto q) {
     if (cols % q.block_cols)
-      throw std::invalid_argument("row of " + std::to_string(cols) + " columns is not a multiple of the format's block of " + std::to_string(q.block_cols));
+      throw std::invalid_argument("row of " + std::to_string(cols) + " columns is not a multiple of the format's block of " +
+                                  std::to_string(q.block_cols));
     m.plane_section = size_t(m.tiles()) * q.plane_bytes;
     const size_t scales = size_t(cols / q.block_cols) * q.scale_bytes;
     m.strip_bytes = (m.plane_section + scales + 63) / 64 * 64;
@@ -28,9 +30,7 @@ Matrix packed_matrix(Format format, int rows, int cols) {
   return m;
 }
 
-size_t packed_bytes(const Matrix& m) {
-  return m.strip_bytes * size_t(m.strips());
-}
+size_t packed_bytes(const Matrix& m) { return m.strip_bytes * size_t(m.strips()); }
 
 void pack_strips(const Matrix& m, const uint8_t* gguf, int first, int last, uint8_t* packed) {
   const size_t row_bytes = gguf_row_bytes(m.format, m.cols);

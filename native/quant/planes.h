@@ -11,7 +11,8 @@ namespace {
 // 256 bytes of nibbles, layout in quant/format.h.
 inline void pack_nibbles(const uint8_t* codes, int row, uint8_t* plane) {
   for (int g = 0; g < 4; g++)
-    for (int b = 0; b < 4; b++) plane[64 * g + 4 * row + b] = uint8_t((codes[4 * g + b] & 15) | (codes[16 + 4 * g + b] & 15) << 4);
+    for (int b = 0; b < 4; b++)
+      plane[64 * g + 4 * row + b] = uint8_t((codes[4 * g + b] & 15) | (codes[16 + 4 * g + b] & 15) << 4);
 }
 
 template <class V>

@@ -1,7 +1,7 @@
 #pragma once
-// Q4_K, 144 bytes for 256 columns: 0 fp16 d | 2 fp16 dmin | 4 six-bit scales and mins[12] | 16 nibbles[128]: 32 bytes hold columns 64i .. 64i+31 low and 64i+32 .. 64i+63 high
-// w = d * scale[c / 32] * q - dmin * min[c / 32].
-// Scale section a superblock: fp16 d[16] | fp16 dmin[16] | u8 scale[8][16] | u8 min[8][16] (6 bits widened: +2.8 % of the file).
+// Q4_K, 144 bytes for 256 columns: 0 fp16 d | 2 fp16 dmin | 4 six-bit scales and mins[12] | 16 nibbles[128]: 32 bytes hold
+// columns 64i .. 64i+31 low and 64i+32 .. 64i+63 high w = d * scale[c / 32] * q - dmin * min[c / 32]. Scale section a superblock:
+// fp16 d[16] | fp16 dmin[16] | u8 scale[8][16] | u8 min[8][16] (6 bits widened: +2.8 % of the file).
 
 #include "quant/format.h"
 #include "quant/planes.h"

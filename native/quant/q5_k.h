@@ -1,7 +1,7 @@
 #pragma once
-// Q5_K, 176 bytes for 256 columns: 0 fp16 d | 2 fp16 dmin | 4 six-bit scales and mins[12] | 16 fifth bits[32]: bit t of byte j = column 32t+j | 48 nibbles[128] as in Q4_K
-// w = d * scale[c / 32] * q - dmin * min[c / 32].
-// Scale section a superblock: fp16 d[16] | fp16 dmin[16] | u8 scale[8][16] | u8 min[8][16] (6 bits widened: +2.8 % of the file).
+// Q5_K, 176 bytes for 256 columns: 0 fp16 d | 2 fp16 dmin | 4 six-bit scales and mins[12] | 16 fifth bits[32]: bit t of byte j =
+// column 32t+j | 48 nibbles[128] as in Q4_K w = d * scale[c / 32] * q - dmin * min[c / 32]. Scale section a superblock: fp16
+// d[16] | fp16 dmin[16] | u8 scale[8][16] | u8 min[8][16] (6 bits widened: +2.8 % of the file).
 
 #include "quant/format.h"
 #include "quant/planes.h"
@@ -18,7 +18,8 @@ struct Q5_K {
   static void pack(const uint8_t* block, int row, int tile, uint8_t* plane, uint8_t* scales) {
     uint8_t codes[32];
     const uint8_t* bytes = block + 48 + 32 * (tile / 2);
-    for (int j = 0; j < 32; j++) codes[j] = uint8_t((tile % 2 ? bytes[j] >> 4 : bytes[j] & 15) | ((block[16 + j] >> tile) & 1) << 4);
+    for (int j = 0; j < 32; j++)
+      codes[j] = uint8_t((tile % 2 ? bytes[j] >> 4 : bytes[j] & 15) | ((block[16 + j] >> tile) & 1) << 4);
     pack_nibbles(codes, row, plane);
     pack_fifth_bits(codes, row, plane + 256);
     copy_half(block, row, scales);

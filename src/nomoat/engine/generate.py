@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Literal
@@ -232,7 +232,7 @@ def stream(
     *,
     stack: Stack | None = None,
     session: Session | None = None,
-) -> Iterator[str]:
+) -> Generator[str, None, Completion]:
     """Yields the answer piece by piece, whole characters only. A session's common prefix is not computed again.
 
     The generator's return value is the Completion. Raises as `generate` does.

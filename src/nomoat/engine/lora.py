@@ -48,7 +48,7 @@ class TrainableLora:
     ) -> None:
         smallest = min(min(spec.linear_shape(target)) for target in TARGETS)
         if not 1 <= rank <= smallest:
-            raise InputError(f"rank {rank}; expected 1 to {smallest}, the smallest side of a linear of this model", code="E_LIMIT")
+            raise InputError(f"rank {rank}; expected 1 to {smallest}, the smallest side of a linear here", code="E_LIMIT")
         if not targets or set(targets) - set(TARGETS):
             raise InputError(f"targets {', '.join(targets) or '(none)'}; expected some of {', '.join(TARGETS)}", code="E_LIMIT")
         self.spec, self.rank, self.alpha = spec, rank, alpha

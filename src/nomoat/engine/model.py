@@ -7,10 +7,11 @@ A batch is rows of several segments, one segment a run of one sequence. Training
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +34,7 @@ Int32 = npt.NDArray[np.int32]
 #: Rows of one step when nothing is recorded: enough for the int8 kernels' full speed, small enough to stay in cache.
 FORWARD_ROWS = 256
 #: Activations of a training step that are kept rather than computed again, in bytes.
-ACTIVATION_BUDGET = 384 << 20
+ACTIVATION_BUDGET = 256 << 20
 
 
 class Rows(Protocol):
@@ -52,7 +53,9 @@ class Rows(Protocol):
 class Model:
     """A loaded model. One call at a time: the native engine owns one set of scratch memory."""
 
-    def __init__(self, path: Path, spec: ModelSpec, weights: Weights, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
+    def __init__(
+        self, path: Path, spec: ModelSpec, weights: Weights, tokenizer: Tokenizer, template: ChatTemplate | None
+    ) -> None:
         self.path, self.spec, self.tokenizer, self.template = path, spec, tokenizer, template
         self.weights = weights
         self._engine = _build_engine(spec, weights)
@@ -113,9 +116,7 @@ class Model:
             self._pools[f32] = KvPool(self._engine, f32=f32)
         return self._pools[f32]
 
-    def forward(
-        self, segments: Sequence[tuple[kv.Sequence, Sequence[int], Stack | None]], *, precision: str = "int8"
-    ) -> Float32:
+    def forward(self, segments: Sequence[tuple[kv.Sequence, Sequence[int], Stack | None]], *, precision: str = "int8") -> Float32:
         """Runs new tokens of several sequences, appends them to the cache, returns hidden rows [M, width padded to 32].
 
         `segments` are (sequence, its next tokens, adapters). Raises InputError for a token id out of range or a context that
@@ -171,7 +172,7 @@ class Model:
         pool = self.pool(precision)
         found: list[Float32] = []
         bounds = pack.starts.tolist()
-        for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+        for begin, end in itertools.pairwise(bounds):
             sequence = kv.Sequence()
             try:
                 for at in range(begin, end, FORWARD_ROWS):
@@ -241,7 +242,8 @@ class Model:
         starts = np.cumsum([0, *counts], dtype=np.int32)
         page_starts = np.cumsum([0, *map(len, pages)], dtype=np.int32)
         flat = np.asarray([page for table in pages for page in table], np.int32)
-        return _native.Batch(starts, np.asarray(positions, np.int32), page_starts, flat, list(loras))
+        # None is the base model, which the generated stub of a C++ vector of pointers cannot say
+        return _native.Batch(starts, np.asarray(positions, np.int32), page_starts, flat, cast(list[_native.LoraSet], list(loras)))
 
 
 def activation_bytes(spec: ModelSpec, ranks: int, precision: str = "bf16") -> int:
