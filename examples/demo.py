@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MODEL = "smollm2:135m"
 ADAPTER = "tickets"
 TICKETS = Path(__file__).resolve().parent / "tickets"
-RECIPE: dict[str, Any] = {"epochs": 2, "learning_rate": 1e-3, "validation_rows": 40}
+RECIPE: dict[str, Any] = {"batch_sequences": 8, "learning_rate": 1e-3, "validation_rows": 40, "evaluations": 3}
 
 #: Written for this script; neither the sentences nor the products are in the data.
 QUESTIONS = (

@@ -67,5 +67,5 @@ def test_the_demo_shows_a_row_of_the_data(capsys: pytest.CaptureFixture[str]) ->
 def test_the_recipe_is_one_that_training_takes() -> None:
     from nomoat.train.plan import TrainOptions
 
-    assert TrainOptions(**demo.RECIPE).epochs == demo.RECIPE["epochs"]
+    assert TrainOptions(**demo.RECIPE).batch_sequences == demo.RECIPE["batch_sequences"]
     assert (Path(demo.__file__).parent / "tickets" / "train.jsonl").is_file()
