@@ -9,6 +9,7 @@ The last line of output is one JSON object.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -93,12 +94,11 @@ class Events:
 
     def _scoring(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if done == 0 or self.scoring_began == 0.0:
+        if done == 0:
             self.scoring_began = now
-        left = (now - self.scoring_began) / max(done, 1) * (total - done)
+            return
+        left = (now - self.scoring_began) / done * (total - done)
         self.screen.progress(f"{done} of {total} answers   {clock(left)} left")
-        if done == total:
-            self.scoring_began = 0.0
 
 
 def main() -> None:
@@ -107,8 +107,9 @@ def main() -> None:
     fetch(screen)
     show_data(screen)
     result = teach(Events(screen))
-    assert result.before is not None
-    assert result.after is not None
+    if result.before is None or result.after is None:
+        screen.say("     stopped; run the demo again to start anew")
+        sys.exit(130)
     show_change(screen, result)
     ask(screen)
     print_next_steps(screen)
@@ -201,17 +202,31 @@ def ask(screen: Screen) -> None:
 
 
 def print_next_steps(screen: Screen) -> None:
+    """Commands to go on with, as they work in the shell that started the demo."""
     system = rows("train")[0]["messages"][0]["content"]
-    here = "examples/tickets"
+    nomoat, python = command("nomoat"), command("python")
+    test = shown(TICKETS / "test.jsonl")
     screen.say(
         f"""Go on:
-  nomoat run {MODEL}+{ADAPTER} --system "{system}" "Where is my order A-10233?"
-  nomoat eval {MODEL}+{ADAPTER} {here}/test.jsonl --metric json --against {MODEL}
-  nomoat adapters                                      what is installed, and where
-  nomoat train {MODEL} YOUR_ROWS.jsonl --name mytask   your own task
-  python -c "import nomoat; print(nomoat.evaluate('{MODEL}+{ADAPTER}', '{here}/test.jsonl', 'json').score)"
+  {nomoat} run {MODEL}+{ADAPTER} --system "{system}" "Where is my order A-10233?"
+  {nomoat} eval {MODEL}+{ADAPTER} {test} --metric json --against {MODEL}
+  {nomoat} adapters
+  {nomoat} train {MODEL} YOUR_ROWS.jsonl --name mytask
+  {python} -c "import nomoat; print(nomoat.evaluate('{MODEL}+{ADAPTER}', '{test}', 'json').score)"
 """
     )
+
+
+def command(name: str) -> str:
+    """How to start a program of this environment: its name where the shell finds that one, else its path."""
+    program = Path(sys.executable).parent / name
+    on_path = shutil.which(name)
+    return name if on_path and Path(on_path).resolve() == program.resolve() else shown(program)
+
+
+def shown(path: Path) -> str:
+    """A path as seen from the current folder, if it is below it."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def score_line(event: dict[str, Any]) -> str:
@@ -227,4 +242,10 @@ def clock(seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    from nomoat.errors import NomoatError
+
+    try:
+        main()
+    except NomoatError as error:
+        print(f"\nnomoat demo: {error} [{error.code}]", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -172,13 +172,13 @@ def split_row(row: Row) -> tuple[list[dict[str, Any]], str]:
 def greedy_for(model: Model, rows: Sequence[Row], metric: str) -> Sampling:
     """Greedy sampling whose token limit fits the references.
 
-    For metrics that need the whole answer equal, twice the longest reference is room enough for another way of cutting it
-    into tokens; a model that rambles past it has already failed, and is not paid for.
+    For metrics that need the whole answer equal, half as much again as the longest reference is room enough for another way
+    of cutting it into tokens; a model that rambles past it has already failed, and is not paid for.
     """
     from nomoat.engine.generate import Sampling
 
     longest = max(len(model.tokenizer.encode(split_row(row)[1], add_bos=False)) for row in rows)
-    room = 2 * longest + 16
+    room = longest * 3 // 2 + 8
     return Sampling(temperature=0.0, max_tokens=room if metric in ("exact", "json") else max(room, DEFAULT_MAX_TOKENS))
 
 
