@@ -59,7 +59,12 @@ struct Pool {
     }
     wake.notify_all();
     drain(0);
-    while (busy.load(std::memory_order_acquire) != 0) pause_cpu();
+    for (int i = 0; busy.load(std::memory_order_acquire) != 0; i++) {
+      if (i < kSpins)
+        pause_cpu();
+      else
+        std::this_thread::yield();  // a worker may be waiting for this very core
+    }
     if (failure) std::rethrow_exception(failure);
   }
 
@@ -105,12 +110,17 @@ struct Pool {
 };
 
 std::unique_ptr<Pool> pool;
-int wanted = 1;
+std::atomic<int> wanted{1};
+// Held by the caller whose tasks run, and while the pool is replaced. On the heap: see forget_pool.
+std::mutex* turn = new std::mutex;
 
 #if defined(__unix__) || defined(__APPLE__)
 // The child of a fork has none of the parent's threads: it forgets the pool (its destructor would join
-// threads that do not exist) and builds its own at the first parallel region.
-void forget_pool() { (void)pool.release(); }
+// threads that do not exist) and builds its own at the first parallel region. Whoever held the turn may be gone too.
+void forget_pool() {
+  (void)pool.release();
+  turn = new std::mutex;
+}
 
 const int kForkHandler = pthread_atfork(nullptr, nullptr, forget_pool);
 #endif
@@ -118,6 +128,7 @@ const int kForkHandler = pthread_atfork(nullptr, nullptr, forget_pool);
 }  // namespace
 
 void set_threads(int count) {
+  std::lock_guard<std::mutex> lock(*turn);
   wanted = count < 1 ? 1 : count;
   if (pool && int(pool->threads.size()) + 1 != wanted) pool.reset();
 }
@@ -128,13 +139,14 @@ namespace detail {
 
 void run(int tasks, void (*call)(void*, int, int), void* context) {
   if (tasks <= 0) return;
-  if (wanted == 1 || tasks == 1) {
+  if (threads() == 1 || tasks == 1) {
     for (int i = 0; i < tasks; i++) call(context, i, 0);
     return;
   }
 #if defined(__unix__) || defined(__APPLE__)
   (void)kForkHandler;
 #endif
+  std::lock_guard<std::mutex> lock(*turn);
   if (!pool) pool = std::make_unique<Pool>(wanted - 1);
   pool->run(tasks, call, context);
 }

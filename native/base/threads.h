@@ -16,7 +16,8 @@ void run(int tasks, void (*call)(void* context, int task, int thread), void* con
 }
 
 // Calls body(task, thread) for task in [0, tasks), thread in [0, threads()). Returns when all are done.
-// The first exception that a task throws is rethrown here. Not reentrant: tasks must not call it.
+// The first exception that a task throws is rethrown here. Callers on several threads take turns. Not reentrant: tasks must
+// not call it.
 template <class Body>
 void parallel_for(int tasks, Body&& body) {
   using Plain = std::remove_reference_t<Body>;
