@@ -29,7 +29,10 @@ bool before(const Candidate& a, const Candidate& b) { return a.logit > b.logit |
 
 int sample(const float* logits, int vocab, const Sampling& o, const int32_t* recent, int recent_count, uint64_t step) {
   std::vector<Candidate> all(static_cast<size_t>(vocab));
-  for (int t = 0; t < vocab; t++) all[size_t(t)] = {logits[t], t};
+  for (int t = 0; t < vocab; t++) {
+    if (!(logits[t] < INFINITY)) return t;  // NaN has no order to sort by: the caller looks at the logit of what it gets
+    all[size_t(t)] = {logits[t], t};
+  }
   if (o.repetition_penalty != 1 || o.presence_penalty != 0 || o.frequency_penalty != 0) {
     std::unordered_map<int, int> seen;
     for (int i = 0; i < recent_count; i++) seen[recent[i]]++;
@@ -52,7 +55,7 @@ int sample(const float* logits, int vocab, const Sampling& o, const int32_t* rec
     // The likeliest tokens that together reach top_p. Few are needed as a rule: sort 64, then four times as many.
     double mass = 0;
     size_t n = 0, sorted = 0;
-    while (n < all.size() && mass < double(o.top_p) * total) {
+    while (n == 0 || (n < all.size() && mass < double(o.top_p) * total)) {
       if (n == sorted) {
         const size_t more = std::min(all.size(), sorted ? 4 * sorted : 64);
         std::partial_sort(all.begin() + std::ptrdiff_t(sorted), all.begin() + std::ptrdiff_t(more), all.end(), before);
@@ -60,7 +63,7 @@ int sample(const float* logits, int vocab, const Sampling& o, const int32_t* rec
       }
       mass += std::exp(double(all[n++].logit - top));
     }
-    all.resize(std::max<size_t>(n, 1));
+    all.resize(n);
   }
   total = 0;
   for (const Candidate& c : all) total += std::exp(double((c.logit - top) / o.temperature));
