@@ -172,7 +172,7 @@ void linear_panels(Engine& engine, const Activations& x, const LinearJob* jobs, 
   parallel_for(int(tiles.size()), [&](int task, int thread) {
     const LinearJob& job = jobs[tiles[task].job];
     const int column = tiles[task].column, rank = ranks[tiles[task].job], depth = job.w->tiles() * kTileCols;
-    const size_t panel_floats = size_t(kPanelDepth > rank ? kPanelDepth : rank) * kPanelCols;
+    const size_t panel_floats = size_t(kPanelDepth > rank ? kPanelDepth : round_up(rank, 16)) * kPanelCols;
     float* c = engine.thread_scratch[thread].get<float>(panel_floats + size_t(x.rows) * kPanelCols);
     T* panel = reinterpret_cast<T*>(c + size_t(x.rows) * kPanelCols);
     for (int from = 0; from < depth; from += kPanelDepth) {
@@ -255,7 +255,8 @@ void backward_panels(Engine& engine, const Activations& x, const LinearBackwardJ
     const int column = task * kPanelCols;
     int deepest = kPanelDepth;
     for (int j = 0; j < count; j++)
-      if (const Lora* lora = lora_of(batch.lora(), layer, jobs[j].target)) deepest = lora->rank > deepest ? lora->rank : deepest;
+      if (const Lora* lora = lora_of(batch.lora(), layer, jobs[j].target))
+        deepest = lora->rank > deepest ? round_up(lora->rank, 16) : deepest;
     float* c = engine.thread_scratch[thread].get<float>(size_t(deepest) * kPanelCols + size_t(x.rows) * kPanelCols);
     T* panel = reinterpret_cast<T*>(c + size_t(x.rows) * kPanelCols);
     bool add = false;
