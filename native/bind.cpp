@@ -69,22 +69,23 @@ void read_rows(int format, int rows, int cols, const ConstBytes& packed, const C
 
 // y[M, N padded] = x[M, K padded] W^T, and dx = dy W: for tests and the roofline.
 void product(int format, int rows, int cols, const ConstBytes& packed, const ConstFloats& x, const Floats& y,
-             const std::string& precision, bool backward) {
+             const std::string& precision, bool backward, int digits) {
   const Matrix m = matrix_view(format, rows, cols, packed);
   const int in = backward ? padded(rows) : padded(cols), out = backward ? padded(cols) : padded(rows), count = int(x.shape(0));
   require(x.ndim() == 2 && y.ndim() == 2 && int(x.shape(1)) == in && int(y.shape(1)) == out && x.shape(0) == y.shape(0),
           "x and y must be [rows, width padded to 32]");
+  require(digits == 1 || digits == 2, "digits: expected 1 or 2");
   const Mode mode = mode_of(precision);
   nb::gil_scoped_release release;
   Dims dims{};
   Engine engine(dims);
   const Batch batch;
   if (backward) {
-    Activations input{mode, count, padded(cols), nullptr, nullptr, nullptr, nullptr};
+    Activations input{mode, count, padded(cols), 0, nullptr, nullptr, nullptr, nullptr};
     const LinearBackwardJob job[] = {{&m, kTargets, x.data(), in, nullptr}};
     linear_backward(engine, input, job, 1, batch, 0, y.data(), out);
   } else {
-    const Activations input = prepare(mode, x.data(), count, in, engine.normed_low, engine.q8, engine.blocks);
+    const Activations input = prepare(mode, digits, x.data(), count, in, engine.normed_low, engine.q8, engine.blocks);
     const LinearJob job[] = {{&m, kTargets, y.data(), out, false, nullptr}};
     linear(engine, input, job, 1, batch, 0);
   }
@@ -271,7 +272,7 @@ void bind_machine_and_weights(nb::module_& m) {
   m.def("read_rows", &read_rows, nb::arg("format"), nb::arg("rows"), nb::arg("cols"), nb::arg("packed"), nb::arg("ids"),
         nb::arg("out"));
   m.def("product", &product, nb::arg("format"), nb::arg("rows"), nb::arg("cols"), nb::arg("packed"), nb::arg("x"), nb::arg("y"),
-        nb::arg("precision"), nb::arg("backward") = false);
+        nb::arg("precision"), nb::arg("backward") = false, nb::arg("digits") = 1);
 }
 
 void bind_numbers(nb::module_& m) {
@@ -341,6 +342,13 @@ void bind_engine(nb::module_& m) {
           nb::arg("layers"), nb::arg("width"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("ffn"),
           nb::arg("vocab"), nb::arg("context"), nb::arg("window"), nb::arg("eps"), nb::arg("interleaved"), nb::arg("inv_freq"),
           nb::arg("rope_magnitude"))
+      .def(
+          "set_digits",
+          [](PyEngine& e, int product, int digits) {
+            require(product >= 0 && product < 5 && (digits == 1 || digits == 2), "products 0 to 4, digits 1 or 2");
+            e.digits[size_t(product)] = digits;
+          },
+          nb::arg("product"), nb::arg("digits"))
       .def("set_linear", &set_linear, nb::arg("layer"), nb::arg("target"), nb::arg("format"), nb::arg("packed"))
       .def("set_norm", &set_norm, nb::arg("layer"), nb::arg("which"), nb::arg("weight"))
       .def("set_table", &set_table, nb::arg("head"), nb::arg("format"), nb::arg("packed"))

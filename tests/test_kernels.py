@@ -61,13 +61,14 @@ def pad(x: np.ndarray) -> np.ndarray:
     return out
 
 
-def quantized_rows(x: np.ndarray) -> np.ndarray:
-    """Activations as int8 a block of 32 sees them: x ~ scale * round(x / scale), scale = max |x| / 127."""
+def quantized_rows(x: np.ndarray, digits: int) -> np.ndarray:
+    """Activations as a block of 32 sees them: x ~ scale * round(x / scale), scale = max |x| / 127, or / (127 * 128)."""
+    largest = np.float32(127 if digits == 1 else 127 * 128)
     blocks = x.reshape(len(x), -1, 32)
     peak = np.abs(blocks).max(-1, keepdims=True).astype(np.float32)
-    inverse = np.where(peak > 0, np.float32(127) / np.where(peak > 0, peak, 1), np.float32(0))
+    inverse = np.where(peak > 0, largest / np.where(peak > 0, peak, 1), np.float32(0))
     codes = np.rint((blocks * inverse).astype(np.float32))
-    return (codes.astype(np.float64) * (peak / np.float32(127)).astype(np.float64)).reshape(x.shape)
+    return (codes.astype(np.float64) * (peak / largest).astype(np.float64)).reshape(x.shape)
 
 
 @pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
@@ -92,19 +93,21 @@ def test_every_f16_value_decodes_exactly(level: str) -> None:
 
 @pytest.mark.parametrize("kind", INTEGER, ids=lambda kind: kind.name)
 @pytest.mark.parametrize("rows", [16, 37])
-def test_int8_product(kind: Kind, rows: int, level: str) -> None:
+@pytest.mark.parametrize("digits", [1, 2])
+def test_int8_product(kind: Kind, rows: int, digits: int, level: str) -> None:
     cols = 512
     raw = gguf_bytes(kind, rows, cols, 2)
     weight = decoded(kind, raw, rows, cols).astype(np.float64)
     weights = packed(kind, raw, rows, cols)
     rng = np.random.default_rng(3)
     x = rng.standard_normal((17, cols)).astype(np.float32)
-    expected = quantized_rows(x) @ weight.T
+    seen = quantized_rows(x, digits)
+    expected = seen @ weight.T
     # 16 blocks are added in float32, each with a few roundings: (blocks + 8) * eps * sum |x| |w|
-    bound = (cols // 32 + 8) * 2**-24 * (np.abs(quantized_rows(x)) @ np.abs(weight).T) * 4
+    bound = (cols // 32 + 8) * 2**-24 * (np.abs(seen) @ np.abs(weight).T) * 4
     for count in range(1, 18):
         y = np.zeros((count, padded(rows)), np.float32)
-        _native.product(int(kind), rows, cols, weights, x[:count], y, "int8")
+        _native.product(int(kind), rows, cols, weights, x[:count], y, "int8", digits=digits)
         assert np.all(np.abs(y[:, :rows] - expected[:count]) <= bound[:count]), f"{count} rows"
 
 
@@ -127,10 +130,10 @@ def test_int8_extremes_do_not_saturate(kind: Kind, level: str) -> None:
             raw[:, 2:] = 0x80  # -128
     flat = raw.reshape(-1)
     weight = decoded(kind, flat, rows, cols).astype(np.float64)
-    for sign in (1, -1):
+    for sign, digits in ((1, 1), (-1, 1), (1, 2), (-1, 2)):
         x = np.full((3, cols), sign * 127, np.float32)
         y = np.zeros((3, padded(rows)), np.float32)
-        _native.product(int(kind), rows, cols, packed(kind, flat, rows, cols), x, y, "int8")
+        _native.product(int(kind), rows, cols, packed(kind, flat, rows, cols), x, y, "int8", digits=digits)
         assert np.allclose(y[:, :rows], x @ weight.T, rtol=1e-6)
 
 

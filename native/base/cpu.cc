@@ -54,12 +54,16 @@ constexpr Level kBuilt[] = {Level::scalar, Level::avx2, Level::avx2_vnni, Level:
 
 #elif defined(__aarch64__)
 
+// Every ARMv8 processor has NEON; the level also needs the dot product.
 bool usable(Level level) {
   if (level == Level::scalar) return true;
-#if defined(__linux__)
+  if (level != Level::neon) return false;
+#if defined(__ARM_FEATURE_DOTPROD)
+  return true;  // the target's baseline has it: macOS on Apple M, or -march on the command line
+#elif defined(__linux__)
   return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
 #else
-  return true;  // every Apple processor that runs 64-bit macOS has dotprod
+  return false;
 #endif
 }
 

@@ -75,6 +75,7 @@ struct Avx2 {
   }
 
   static I iset1(int x) { return _mm256_set1_epi32(x); }
+  static I add_digit(I low, I high) { return _mm256_add_epi32(low, _mm256_slli_epi32(high, 7)); }
   static F from_i32(I x) { return _mm256_cvtepi32_ps(x); }
   static B bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static void store_bytes(void* p, B x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }

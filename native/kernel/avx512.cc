@@ -54,6 +54,7 @@ struct Avx512 {
   }
 
   static I iset1(int x) { return _mm512_set1_epi32(x); }
+  static I add_digit(I low, I high) { return _mm512_add_epi32(low, _mm512_slli_epi32(high, 7)); }
   static F from_i32(I x) { return _mm512_cvtepi32_ps(x); }
   static B bytes(const void* p) { return _mm512_loadu_si512(p); }
   static void store_bytes(void* p, B x) { _mm512_storeu_si512(p, x); }

@@ -9,8 +9,22 @@ namespace {
 
 // ---- int8 activations: decode and prefill share this loop, so a row's result does not depend on how many rows there are ----
 
+// sum of W codes times one row's 16 (granules [first, last)) or 32 activations, less zero times their sum; exact. Two-digit
+// activations are 128 * high + low, their low digits 32 bytes behind the high ones.
+template <class V, class Q, int D>
+inline typename V::I exact_dot(const typename V::B* w, const int8_t* x, int first, int last, int sum) {
+  typename V::I low = V::iset1(-Q::zero * sum);
+  const int8_t* digit = x + (D - 1) * kTileCols;
+  for (int g = first; g < last; g++)
+    low = Q::zero == 128 ? V::dot_wide(low, w[g], digit + 4 * g) : V::dot(low, w[g], digit + 4 * g);
+  if constexpr (D == 1) return low;
+  typename V::I high = V::iset1(0);
+  for (int g = first; g < last; g++) high = Q::zero == 128 ? V::dot_wide(high, w[g], x + 4 * g) : V::dot(high, w[g], x + 4 * g);
+  return V::add_digit(low, high);
+}
+
 // M rows x W lanes. Integer dots are exact; each lane adds its 32-column blocks in order.
-template <class V, class Q, int M>
+template <class V, class Q, int M, int D>
 inline void i8_tile(const uint8_t* planes, const uint8_t* scales, int lane, int tiles, const int8_t* q, const ActBlock* blocks,
                     float* y, int ldy, bool add) {
   using F = typename V::F;
@@ -24,19 +38,15 @@ inline void i8_tile(const uint8_t* planes, const uint8_t* scales, int lane, int 
     if constexpr (Q::groups == 2) scale1 = Q::template scale<V>(scales, t, 1, lane);
     if constexpr (Q::has_min) minimum = Q::template min<V>(scales, t, lane);
     for (int m = 0; m < M; m++) {
-      const int8_t* x = q + (size_t(m) * tiles + t) * kTileCols;
+      const int8_t* x = q + (size_t(m) * tiles + t) * kTileCols * D;
       const ActBlock& b = blocks[size_t(m) * tiles + t];
+      const F factor = V::set1(b.scale);
       if constexpr (Q::groups == 1) {
-        typename V::I sum = V::iset1(-Q::zero * (b.sum[0] + b.sum[1]));
-        for (int g = 0; g < 8; g++) sum = Q::zero == 128 ? V::dot_wide(sum, w[g], x + 4 * g) : V::dot(sum, w[g], x + 4 * g);
-        acc[m] = V::fma(V::from_i32(sum), V::mul(scale0, V::set1(b.scale)), acc[m]);
+        const F dot = V::from_i32(exact_dot<V, Q, D>(w, x, 0, 8, b.sum[0] + b.sum[1]));
+        acc[m] = V::fma(dot, V::mul(scale0, factor), acc[m]);
       } else {
-        typename V::I low = V::iset1(-Q::zero * b.sum[0]), high = V::iset1(-Q::zero * b.sum[1]);
-        for (int g = 0; g < 4; g++) low = V::dot(low, w[g], x + 4 * g);
-        for (int g = 4; g < 8; g++) high = V::dot(high, w[g], x + 4 * g);
-        const F factor = V::set1(b.scale);
-        acc[m] = V::fma(V::from_i32(low), V::mul(scale0, factor), acc[m]);
-        acc[m] = V::fma(V::from_i32(high), V::mul(scale1, factor), acc[m]);
+        acc[m] = V::fma(V::from_i32(exact_dot<V, Q, D>(w, x, 0, 4, b.sum[0])), V::mul(scale0, factor), acc[m]);
+        acc[m] = V::fma(V::from_i32(exact_dot<V, Q, D>(w, x, 4, 8, b.sum[1])), V::mul(scale1, factor), acc[m]);
       }
       if constexpr (Q::has_min) acc[m] = V::fma(minimum, V::set1(b.scaled_sum), acc[m]);
     }
@@ -47,26 +57,33 @@ inline void i8_tile(const uint8_t* planes, const uint8_t* scales, int lane, int 
   }
 }
 
-template <class V>
-void gemm_i8(const Matrix& w, int first, int last, const int8_t* q, const ActBlock* blocks, int rows, float* y, int ldy,
-             bool add) {
+template <class V, class Q, int D>
+inline void i8_strip(const Matrix& w, int strip, const int8_t* q, const ActBlock* blocks, int rows, float* y, int ldy, bool add) {
+  const uint8_t *planes = w.strip(strip), *scales = planes + w.plane_section;
   const int tiles = w.tiles();
+  for (int lane = 0; lane < kStripRows; lane += V::W) {
+    auto run = [&]<int M>(int m) {
+      i8_tile<V, Q, M, D>(planes, scales, lane, tiles, q + size_t(m) * tiles * kTileCols * D, blocks + size_t(m) * tiles,
+                          y + size_t(m) * ldy + strip * kStripRows + lane, ldy, add);
+    };
+    int m = 0;
+    for (; m + V::kIntRows <= rows; m += V::kIntRows) run.template operator()<V::kIntRows>(m);
+    for (; m + 2 <= rows; m += 2) run.template operator()<2>(m);
+    if (m < rows) run.template operator()<1>(m);
+  }
+}
+
+template <class V>
+void gemm_i8(const Matrix& w, int first, int last, int digits, const int8_t* q, const ActBlock* blocks, int rows, float* y,
+             int ldy, bool add) {
   with_format(w.format, [&](auto format) {
     using Q = decltype(format);
     if constexpr (Q::integer) {
-      for (int s = first; s < last; s++) {
-        const uint8_t *planes = w.strip(s), *scales = planes + w.plane_section;
-        for (int lane = 0; lane < kStripRows; lane += V::W) {
-          auto run = [&]<int M>(int m) {
-            i8_tile<V, Q, M>(planes, scales, lane, tiles, q + size_t(m) * tiles * kTileCols, blocks + size_t(m) * tiles,
-                             y + size_t(m) * ldy + s * kStripRows + lane, ldy, add);
-          };
-          int m = 0;
-          for (; m + V::kIntRows <= rows; m += V::kIntRows) run.template operator()<V::kIntRows>(m);
-          for (; m + 2 <= rows; m += 2) run.template operator()<2>(m);
-          if (m < rows) run.template operator()<1>(m);
-        }
-      }
+      for (int s = first; s < last; s++)
+        if (digits == 1)
+          i8_strip<V, Q, 1>(w, s, q, blocks, rows, y, ldy, add);
+        else
+          i8_strip<V, Q, 2>(w, s, q, blocks, rows, y, ldy, add);
     }
   });
 }

@@ -38,18 +38,38 @@ inline float dot(const float* x, const float* y, int count) {
   return sum.total();
 }
 
+// One digit: c = round(x * 127 / max|x|). Two: c = round(x * 16256 / max|x|), high = round(c / 128), low = c - 128 * high.
 template <class V>
-void quantize(const float* x, int cols, int8_t* q, ActBlock* blocks) {
+void quantize(const float* x, int cols, int digits, int8_t* q, ActBlock* blocks) {
+  const float range = digits == 1 ? 127.0f : 127.0f * 128.0f;
   for (int b = 0; b < cols / kTileCols; b++) {
     const float* at = x + b * kTileCols;
+    int8_t* codes = q + size_t(b) * kTileCols * digits;
     typename V::F top = V::zero();
     for (int i = 0; i < kTileCols; i += V::W) top = V::max(top, V::abs(V::load(at + i)));
-    const float peak = V::max_of(top), scale = peak / 127.0f, inverse = peak > 0 ? 127.0f / peak : 0.0f;
-    const typename V::F factor = V::set1(inverse);
-    for (int i = 0; i < kTileCols; i += V::W) V::store_s8(q + b * kTileCols + i, V::mul(V::load(at + i), factor));
-    int sum[2] = {0, 0};
-    for (int i = 0; i < kTileCols; i++) sum[i / 16] += q[b * kTileCols + i];
-    blocks[b] = {scale, scale * float(sum[0] + sum[1]), {sum[0], sum[1]}};
+    const float peak = V::max_of(top), scale = peak / range;
+    const typename V::F factor = V::set1(peak > 1e-30f ? range / peak : 0.0f);  // range / 1e-35 would be infinite
+    float sum[2];
+    for (int half = 0; half < 2; half++) {
+      typename V::F total = V::zero();  // of whole numbers, below 2^18: exact
+      for (int i = 16 * half; i < 16 * half + 16; i += V::W) {
+        const typename V::F code = V::round(V::mul(V::load(at + i), factor));
+        total = V::add(total, code);
+        if (digits == 1) {
+          V::store_s8(codes + i, code);
+        } else {
+          const typename V::F high = V::round(V::mul(code, V::set1(1.0f / 128)));
+          V::store_s8(codes + i, high);
+          V::store_s8(codes + kTileCols + i, V::fma(high, V::set1(-128.0f), code));
+        }
+      }
+      sum[half] = V::sum(total);
+    }
+    const float both = sum[0] + sum[1];
+    if (both == both)
+      blocks[b] = {scale, scale * both, {int(sum[0]), int(sum[1])}};
+    else  // an activation is NaN or infinite, max may have lost it: every product with this block becomes NaN
+      blocks[b] = {NAN, NAN, {0, 0}};
   }
 }
 

@@ -38,6 +38,7 @@ struct Scalar {
   static void store_s8(int8_t* p, F x) { *p = int8_t(nearbyintf(x)); }
 
   static I iset1(int x) { return x; }
+  static I add_digit(I low, I high) { return low + high * 128; }
   static F from_i32(I x) { return float(x); }
   static B bytes(const void* p) {
     B x;

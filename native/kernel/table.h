@@ -17,7 +17,8 @@ constexpr int kPanelCols = 48;
 // Tokens of one page of the key/value cache.
 constexpr int kPageTokens = 64;
 
-// 32 activations as int8: x[i] ~ scale * q[i]; scaled_sum = scale * sum(q); sum[h] = sum of half h.
+// 32 activations as one or two int8 digits: x[i] ~ scale * c[i], c = q or 128 * high + low (|c| <= 127 or 127 * 128).
+// scaled_sum = scale * sum(c); sum[h] = sum of c over half h.
 struct ActBlock {
   float scale, scaled_sum;
   int32_t sum[2];
@@ -60,9 +61,10 @@ inline int64_t attend_backward_scratch(int count, int heads, int dim) {
 struct Kernels {
   Level level;
   // -- products with packed weights -------------------------------------------------------------------------------
-  // y[m, 16s + r] (+)= sum_k W[16s + r, k] x[m, k] for strips s of [first, last), integer formats, int8 activations
-  void (*gemm_i8)(const Matrix& w, int first, int last, const int8_t* q, const ActBlock* blocks, int rows, float* y, int ldy,
-                  bool add);
+  // y[m, 16s + r] (+)= sum_k W[16s + r, k] x[m, k] for strips s of [first, last), integer formats, activations of
+  // one or two int8 digits. A block of 32 activations is 32 high digits, then 32 low ones if there are two.
+  void (*gemm_i8)(const Matrix& w, int first, int last, int digits, const int8_t* q, const ActBlock* blocks, int rows, float* y,
+                  int ldy, bool add);
   // the same in float32: the product for F32, F16 and BF16 weights
   void (*gemm_float)(const Matrix& w, int first, int last, const float* x, int ldx, int rows, float* y, int ldy, bool add);
   // panel[p][c] = W[column + c, from + p], or W[from + p, column + c] when `backward`; c < 48, p < count (a multiple of 16).
@@ -90,7 +92,7 @@ struct Kernels {
   void (*outer_f32)(const float* u, int ldu, int rank, const float* x, int ldx, int rows, int first, int last, float* out,
                     int ldo);
   // -- rows ---------------------------------------------------------------------------------------------------------
-  void (*quantize)(const float* x, int cols, int8_t* q, ActBlock* blocks);
+  void (*quantize)(const float* x, int cols, int digits, int8_t* q, ActBlock* blocks);
   void (*to_bf16)(const float* x, int count, bf16* out);
   void (*to_f32)(const bf16* x, int count, float* out);
   // y = x * w * rsqrt(mean(x^2) + eps)

@@ -205,7 +205,7 @@ void attention_forward(Engine& engine, int layer, Mode mode, float* x, const Bat
   const Widths w(dims);
   const size_t rows = size_t(batch.rows);
   const float* h = normed(engine, x, own.attn_norm, batch.rows);
-  const Activations input = prepare(mode, h, batch.rows, w.d, engine.normed_low, engine.q8, engine.blocks);
+  const Activations input = prepare(mode, engine.digits[0], h, batch.rows, w.d, engine.normed_low, engine.q8, engine.blocks);
   if (tape) save_rows(mode, x, rows * w.d, tape->x);
   const LinearJob jobs[] = {
       {&own.w[kQ], kQ, engine.q.get<float>(rows * w.q), w.q, false, tape ? &tape->u[kQ] : nullptr},
@@ -227,7 +227,7 @@ void attention_forward(Engine& engine, int layer, Mode mode, float* x, const Bat
     save_rows(mode, engine.attn_v.data<float>(), rows * w.heads_kv, tape->v);
     save_rows(mode, flat, rows * w.q, tape->mixed);
   }
-  const Activations mixed = prepare(mode, flat, batch.rows, w.q, engine.normed_low, engine.q8, engine.blocks);
+  const Activations mixed = prepare(mode, engine.digits[1], flat, batch.rows, w.q, engine.normed_low, engine.q8, engine.blocks);
   const LinearJob out[] = {{&own.w[kO], kO, x, w.d, true, tape ? &tape->u[kO] : nullptr}};
   linear(engine, mixed, out, 1, batch, layer);
 }
@@ -240,7 +240,7 @@ void attention_backward(Engine& engine, int layer, Mode mode, float* dx, const B
   const size_t rows = size_t(batch.rows);
   // through the output product
   const float* flat = load_rows(mode, tape.mixed, rows * w.q, engine.mixed_flat);
-  Activations mixed{mode, batch.rows, w.q, flat, tape.mixed.data<bf16>(), nullptr, nullptr};
+  Activations mixed{mode, batch.rows, w.q, 0, flat, tape.mixed.data<bf16>(), nullptr, nullptr};
   const LinearBackwardJob out[] = {{&own.w[kO], kO, dx, w.d, tape.u[kO].data<float>()}};
   float* d_flat = engine.dmixed.get<float>(rows * w.q);
   linear_backward(engine, mixed, out, 1, batch, layer, d_flat, w.q);
@@ -266,7 +266,7 @@ void attention_backward(Engine& engine, int layer, Mode mode, float* dx, const B
   // through the input products and the norm
   const float* x = load_rows(mode, tape.x, rows * w.d, engine.x_wide);
   const float* h = normed(engine, x, own.attn_norm, batch.rows);
-  const Activations input = prepare(mode, h, batch.rows, w.d, engine.normed_low, engine.q8, engine.blocks);
+  const Activations input = prepare(mode, engine.digits[0], h, batch.rows, w.d, engine.normed_low, engine.q8, engine.blocks);
   const LinearBackwardJob jobs[] = {
       {&own.w[kQ], kQ, engine.dq.data<float>(), w.q, tape.u[kQ].data<float>()},
       {&own.w[kK], kK, engine.dk.data<float>(), w.kv, tape.u[kK].data<float>()},

@@ -112,6 +112,9 @@ struct Engine {
   Matrix embed, head;
   const float* final_norm = nullptr;
   std::vector<float> inv_freq;
+  // int8 digits of the activations that enter each product in inference: qkv, o, gate and up, down, head. Two digits cost
+  // nothing in decode, which waits for memory, and bring the logits to those of float32: docs/concepts/precision.md.
+  std::array<int, 5> digits = {2, 2, 2, 2, 2};
 
   // cos, sin of positions [0, n): [n][rope_dim / 2][2]
   const float* rope_table(int positions);
@@ -131,7 +134,7 @@ struct Engine {
 // Rows prepared for products in one mode; `cols` is padded to 32.
 struct Activations {
   Mode mode;
-  int rows, cols;
+  int rows, cols, digits;
   const float* f32;
   const bf16* low;
   const int8_t* q;
@@ -139,7 +142,7 @@ struct Activations {
 };
 
 // Converts x[rows][cols] (stride cols) into `low` (bf16) or `q` + `blocks` (int8) as the mode asks.
-Activations prepare(Mode mode, const float* x, int rows, int cols, Buffer& low, Buffer& q, Buffer& blocks);
+Activations prepare(Mode mode, int digits, const float* x, int rows, int cols, Buffer& low, Buffer& q, Buffer& blocks);
 
 struct LinearJob {
   const Matrix* w;
@@ -203,7 +206,8 @@ struct Sampling {
   uint64_t seed;
 };
 
-// Picks a token. `recent` are the tokens that the penalties look at; `step` numbers the draws of one seed.
+// Picks a token. `recent` are the tokens that the penalties look at; `step` numbers the draws of one seed. A logit that is NaN
+// or +infinity is picked before all others.
 int sample(const float* logits, int vocab, const Sampling& options, const int32_t* recent, int recent_count, uint64_t step);
 
 }  // namespace nomoat

@@ -24,7 +24,8 @@ const float* gather_normed(Engine& engine, const float* x, const int32_t* rows, 
 
 Activations project(Engine& engine, Mode mode, const float* h, int count, float* logits) {
   const Batch plain;  // no adapters on the head
-  const Activations input = prepare(mode, h, count, padded(engine.dims.width), engine.normed_low, engine.q8, engine.blocks);
+  const Activations input =
+      prepare(mode, engine.digits[4], h, count, padded(engine.dims.width), engine.normed_low, engine.q8, engine.blocks);
   const LinearJob job[] = {{&engine.head, kTargets, logits, padded(engine.dims.vocab), false, nullptr}};
   linear(engine, input, job, 1, plain, 0);
   return input;

@@ -120,7 +120,7 @@ void linear_int8(const Activations& x, const LinearJob* jobs, int count) {
         if (job.w->format == Format::F32 || job.w->format == Format::F16 || job.w->format == Format::BF16)
           kernels().gemm_float(*job.w, begin, end, x.f32, x.cols, x.rows, job.y, job.ldy, job.add);
         else
-          kernels().gemm_i8(*job.w, begin, end, x.q, x.blocks, x.rows, job.y, job.ldy, job.add);
+          kernels().gemm_i8(*job.w, begin, end, x.digits, x.q, x.blocks, x.rows, job.y, job.ldy, job.add);
       }
       first = first - own < 0 ? 0 : first - own;
       last -= own;
@@ -283,8 +283,8 @@ void backward_panels(Engine& engine, const Activations& x, const LinearBackwardJ
 
 }  // namespace
 
-Activations prepare(Mode mode, const float* x, int rows, int cols, Buffer& low, Buffer& q, Buffer& blocks) {
-  Activations a{mode, rows, cols, x, nullptr, nullptr, nullptr};
+Activations prepare(Mode mode, int digits, const float* x, int rows, int cols, Buffer& low, Buffer& q, Buffer& blocks) {
+  Activations a{mode, rows, cols, digits, x, nullptr, nullptr, nullptr};
   if (mode == Mode::bf16) {
     bf16* to = low.get<bf16>(size_t(rows) * cols);
     for_rows(rows, 32, [&](int first, int last) {
@@ -293,11 +293,11 @@ Activations prepare(Mode mode, const float* x, int rows, int cols, Buffer& low, 
     a.low = to;
   } else if (mode == Mode::int8) {
     const int per_row = cols / kTileCols;
-    int8_t* codes = q.get<int8_t>(size_t(rows) * cols);
+    int8_t* codes = q.get<int8_t>(size_t(rows) * cols * digits);
     ActBlock* scales = blocks.get<ActBlock>(size_t(rows) * per_row);
     for_rows(rows, 8, [&](int first, int last) {
       for (int m = first; m < last; m++)
-        kernels().quantize(x + size_t(m) * cols, cols, codes + size_t(m) * cols, scales + size_t(m) * per_row);
+        kernels().quantize(x + size_t(m) * cols, cols, digits, codes + size_t(m) * cols * digits, scales + size_t(m) * per_row);
     });
     a.q = codes;
     a.blocks = scales;

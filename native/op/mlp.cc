@@ -9,7 +9,7 @@ void mlp_forward(Engine& engine, int layer, Mode mode, float* x, const Batch& ba
   const int width = padded(engine.dims.width), ffn = padded(engine.dims.ffn);
   const size_t rows = size_t(batch.rows);
   const float* h = normed(engine, x, own.mlp_norm, batch.rows);
-  const Activations input = prepare(mode, h, batch.rows, width, engine.normed_low, engine.q8, engine.blocks);
+  const Activations input = prepare(mode, engine.digits[2], h, batch.rows, width, engine.normed_low, engine.q8, engine.blocks);
   float *gate = engine.gate.get<float>(rows * ffn), *up = engine.up.get<float>(rows * ffn),
         *act = engine.act.get<float>(rows * ffn);
   const LinearJob jobs[] = {
@@ -26,7 +26,7 @@ void mlp_forward(Engine& engine, int layer, Mode mode, float* x, const Batch& ba
     save_rows(mode, gate, rows * ffn, tape->gate);
     save_rows(mode, up, rows * ffn, tape->up);
   }
-  const Activations middle = prepare(mode, act, batch.rows, ffn, engine.act_low, engine.q8, engine.blocks);
+  const Activations middle = prepare(mode, engine.digits[3], act, batch.rows, ffn, engine.act_low, engine.q8, engine.blocks);
   const LinearJob down[] = {{&own.w[kDown], kDown, x, width, true, tape ? &tape->u[kDown] : nullptr}};
   linear(engine, middle, down, 1, batch, layer);
 }
@@ -42,7 +42,7 @@ void mlp_backward(Engine& engine, int layer, Mode mode, float* dx, const Batch& 
     const size_t at = size_t(first) * ffn;
     kernels().silu_mul(gate + at, up + at, (last - first) * ffn, act + at);
   });
-  const Activations middle = prepare(mode, act, batch.rows, ffn, engine.act_low, engine.q8, engine.blocks);
+  const Activations middle = prepare(mode, engine.digits[3], act, batch.rows, ffn, engine.act_low, engine.q8, engine.blocks);
   const LinearBackwardJob down[] = {{&own.w[kDown], kDown, dx, width, tape.u[kDown].data<float>()}};
   linear_backward(engine, middle, down, 1, batch, layer, act, ffn);  // act now holds its gradient
   for_rows(batch.rows, 8, [&](int first, int last) {
@@ -51,7 +51,7 @@ void mlp_backward(Engine& engine, int layer, Mode mode, float* dx, const Batch& 
   });
   const float* x = load_rows(mode, tape.middle, rows * width, engine.x_wide);
   const float* h = normed(engine, x, own.mlp_norm, batch.rows);
-  const Activations input = prepare(mode, h, batch.rows, width, engine.normed_low, engine.q8, engine.blocks);
+  const Activations input = prepare(mode, engine.digits[2], h, batch.rows, width, engine.normed_low, engine.q8, engine.blocks);
   const LinearBackwardJob jobs[] = {
       {&own.w[kGate], kGate, d_gate, ffn, tape.u[kGate].data<float>()},
       {&own.w[kUp], kUp, d_up, ffn, tape.u[kUp].data<float>()},

@@ -1,0 +1,263 @@
+// Attention over a paged cache and its backward: against naive sums in double, with windows, chunks and page borders.
+
+#include <cmath>
+
+#include "quant/half.h"
+#include "test/test.h"
+
+namespace nomoat {
+
+namespace {
+
+// One kv head: queries, keys, values of `count` positions, in float32 and in pages whose unused slots hold NaN.
+struct Case {
+  int count, heads, dim, window, stride;
+  Floats q, k, v;
+  std::vector<std::vector<float>> wide_k, wide_v;
+  std::vector<std::vector<bf16>> low_k, low_v;
+
+  Case(int n, int h, int d, int w, uint64_t seed) : count(n), heads(h), dim(d), window(w), stride(h * d + 16) {
+    Random random(seed);
+    q = random.floats(size_t(n * stride));
+    for (Floats* rows : {&k, &v}) {  // bf16 values, so that both kinds of pages hold the same
+      *rows = random.floats(size_t(n * d));
+      for (float& x : *rows) x = bf16_to_float(float_to_bf16(x));
+    }
+    const size_t pages = size_t((n + kPageTokens - 1) / kPageTokens), size = size_t(kPageTokens * d);
+    wide_k.assign(pages, Floats(size, NAN));
+    wide_v = wide_k;
+    low_k.assign(pages, std::vector<bf16>(size, float_to_bf16(NAN)));
+    low_v = low_k;
+    for (int p = 0; p < n; p++)
+      for (int i = 0; i < d; i++) put(p, i);
+  }
+
+  void put(int position, int i) {
+    const size_t page = size_t(position / kPageTokens), slot = size_t(position % kPageTokens), at = size_t(position * dim + i);
+    const size_t block = slot / 16 * 16 * size_t(dim), lane = slot % 16;
+    wide_k[page][block + 16 * size_t(i) + lane] = k[at];
+    low_k[page][block + 16 * size_t(i / 2 * 2) + 2 * lane + size_t(i % 2)] = float_to_bf16(k[at]);
+    wide_v[page][slot * size_t(dim) + size_t(i)] = v[at];
+    low_v[page][slot * size_t(dim) + size_t(i)] = float_to_bf16(v[at]);
+  }
+
+  int start(int position) const { return window && position >= window ? position - window + 1 : 0; }
+
+  template <class T>
+  static std::vector<const uint8_t*> addresses(const std::vector<std::vector<T>>& pages) {
+    std::vector<const uint8_t*> found;
+    for (const auto& page : pages) found.push_back(reinterpret_cast<const uint8_t*>(page.data()));
+    return found;
+  }
+
+  // Rows [first, first + rows) into out[count][stride] and lse[count][heads + 1].
+  void run(const Kernels& kernels, bool wide, int first, int rows, Floats& out, Floats& lse) const {
+    const auto keys = wide ? addresses(wide_k) : addresses(low_k), values = wide ? addresses(wide_v) : addresses(low_v);
+    Floats scratch(size_t(rows * heads * round_up(first + rows, 16)), NAN);
+    AttendArgs a;
+    a.q = q.data() + first * stride;
+    a.rows = rows;
+    a.heads = heads;
+    a.dim = dim;
+    a.q_stride = stride;
+    a.first_position = first;
+    a.window = window;
+    a.k = keys.data();
+    a.v = values.data();
+    a.out = out.data() + first * stride;
+    a.lse = lse.data() + first * (heads + 1);
+    a.lse_stride = heads + 1;
+    a.scratch = scratch.data();
+    (wide ? kernels.attend_f32 : kernels.attend_bf16)(a);
+  }
+};
+
+struct Exact {
+  std::vector<double> weights;  // by key - start
+  double lse = 0, size = 0;     // size: the largest sum of |q| |k| of any key
+};
+
+Exact soften(const Case& c, int position, int head) {
+  Exact e;
+  double top = -INFINITY, sum = 0;
+  for (int key = c.start(position); key <= position; key++) {
+    double score = 0, size = 0;
+    for (int i = 0; i < c.dim; i++) {
+      const double term = double(c.q[size_t(position * c.stride + head * c.dim + i)]) * c.k[size_t(key * c.dim + i)];
+      score += term;
+      size += std::fabs(term);
+    }
+    e.weights.push_back(score);
+    e.size = std::fmax(e.size, size);
+    top = std::fmax(top, score);
+  }
+  for (double& w : e.weights) sum += w = std::exp(w - top);
+  for (double& w : e.weights) w /= sum;
+  e.lse = top + std::log(sum);
+  return e;
+}
+
+// Relative error of a weight before it is divided by the sum: the score's roundings, the subtraction of the largest score,
+// the exponential.
+double weight_error(const Case& c, const Exact& e) { return ((c.dim + 4) * e.size + 4) * kRound; }
+
+void check_forward(const Case& c, const Floats& out, const Floats& lse) {
+  for (int p = 0; p < c.count; p++)
+    for (int h = 0; h < c.heads; h++) {
+      const Exact e = soften(c, p, h);
+      const double keys = double(e.weights.size()), error = weight_error(c, e), sums = (keys / 16 + 24) * kRound;
+      const double found = lse[size_t(p * (c.heads + 1) + h)];
+      CHECK(std::fabs(found - e.lse) <= error + sums + std::fabs(e.lse) * kRound, "lse of row %d, head %d: %g, exact %g", p, h,
+            found, e.lse);
+      for (int i = 0; i < c.dim; i++) {
+        double exact = 0, size = 0;
+        for (size_t key = 0; key < e.weights.size(); key++) {
+          const double term = e.weights[key] * c.v[(size_t(c.start(p)) + key) * size_t(c.dim) + size_t(i)];
+          exact += term;
+          size += std::fabs(term);
+        }
+        const double value = out[size_t(p * c.stride + h * c.dim + i)];
+        CHECK(std::fabs(value - exact) <= (2 * error + sums + keys * kRound) * size, "row %d, head %d, [%d]: %g, exact %g", p, h,
+              i, value, exact);
+      }
+    }
+}
+
+struct Shape {
+  int count, heads, dim, window;
+};
+constexpr Shape kShapes[] = {{1, 1, 16, 0},  {5, 3, 48, 0},   {16, 4, 16, 0},  {17, 2, 64, 0}, {64, 1, 32, 0},
+                             {65, 3, 16, 0}, {131, 2, 32, 0}, {131, 3, 16, 7}, {40, 5, 16, 1}, {70, 16, 16, 64}};
+
+TEST("attend: against double, over page borders, with windows; slots that hold no token do not matter") {
+  uint64_t seed = 90;
+  for (const Shape& s : kShapes) {
+    const Case c(s.count, s.heads, s.dim, s.window, ++seed);
+    for_levels([&](const Kernels& k) {
+      for (bool wide : {true, false}) {
+        Floats out(c.q.size(), 7.0f), lse(size_t(s.count * (s.heads + 1)), 7.0f);
+        c.run(k, wide, 0, s.count, out, lse);
+        check_forward(c, out, lse);
+        for (int p = 0; p < s.count; p++)
+          CHECK(out[size_t(p * c.stride + s.heads * s.dim)] == 7 && lse[size_t(p * (s.heads + 1) + s.heads)] == 7,
+                "row %d was written past its heads", p);
+      }
+    });
+  }
+}
+
+TEST("attend: a row's bits do not depend on the chunk it is computed in") {
+  for (const Shape& s : {Shape{131, 3, 16, 0}, Shape{90, 5, 16, 9}}) {
+    const Case c(s.count, s.heads, s.dim, s.window, 110);
+    for_levels([&](const Kernels& k) {
+      for (bool wide : {true, false}) {
+        Floats whole(c.q.size()), whole_lse(size_t(s.count * (s.heads + 1)));
+        c.run(k, wide, 0, s.count, whole, whole_lse);
+        for (int chunk : {1, 2, 3, 7, 16, 17, 64}) {
+          Floats out(whole.size()), lse(whole_lse.size());
+          for (int first = 0; first < s.count; first += chunk)
+            c.run(k, wide, first, s.count - first < chunk ? s.count - first : chunk, out, lse);
+          CHECK(same_bits(out, whole) && same_bits(lse, whole_lse), "chunks of %d rows", chunk);
+        }
+      }
+    });
+  }
+}
+
+TEST("attend: a NaN or infinite key or value makes every later row NaN") {
+  for_levels([](const Kernels& k) {
+    for (float bad : {NAN, INFINITY})
+      for (bool in_key : {true, false}) {
+        Case c(40, 2, 16, 0, 120);
+        (in_key ? c.k : c.v)[10 * 16 + 3] = bad;
+        for (int h = 0; h < 2; h++)
+          for (int p = 0; p < 40; p++) c.q[size_t(p * c.stride + h * 16 + 3)] = 0.5f;  // +inf, not -inf, as a score
+        c.put(10, 3);
+        for (bool wide : {true, false}) {
+          Floats out(c.q.size()), lse(40 * 3);
+          c.run(k, wide, 0, 40, out, lse);
+          for (int p = 10; p < 40; p++)
+            for (int h = 0; h < 2; h++)
+              CHECK(!std::isfinite(out[size_t(p * c.stride + h * 16 + 3)]), "row %d: %g", p,
+                    double(out[size_t(p * c.stride + h * 16 + 3)]));
+        }
+      }
+  });
+}
+
+struct Gradients {
+  std::vector<double> dq, dk, dv, dq_size, dk_size, dv_size;
+  double error = 0;
+
+  Gradients(const Case& c, const Floats& d_out, double scale)
+      : dq(c.q.size()), dk(c.k.size()), dv(c.v.size()), dq_size(dq), dk_size(dk), dv_size(dv) {
+    for (int p = 0; p < c.count; p++)
+      for (int h = 0; h < c.heads; h++) row(c, d_out, scale, p, h);
+    // a weight is known up to weight_error and the rounding of lse; every sum rounds once a term
+    error = 2 * error + (3 * c.dim + c.count + c.heads * c.count + 32) * kRound;
+  }
+
+  void row(const Case& c, const Floats& d_out, double scale, int p, int h) {
+    const Exact e = soften(c, p, h);
+    error = std::fmax(error, weight_error(c, e) + (std::fabs(e.lse) + 1) * kRound);
+    const size_t own = size_t(p * c.stride + h * c.dim), n = e.weights.size(), first = size_t(c.start(p));
+    std::vector<double> dp(n), size(n);
+    double delta = 0, delta_size = 0;
+    for (size_t key = 0; key < n; key++) {
+      for (size_t i = 0; i < size_t(c.dim); i++) {
+        const double term = double(d_out[own + i]) * c.v[(first + key) * size_t(c.dim) + i];
+        dp[key] += term;
+        size[key] += std::fabs(term);
+      }
+      delta += e.weights[key] * dp[key];
+      delta_size += e.weights[key] * size[key];
+    }
+    for (size_t key = 0; key < n; key++) {
+      const double ds = e.weights[key] * (dp[key] - delta), ds_size = e.weights[key] * (size[key] + delta_size);
+      for (size_t i = 0; i < size_t(c.dim); i++) {
+        const size_t at = (first + key) * size_t(c.dim) + i;
+        dq[own + i] += scale * ds * c.k[at];
+        dq_size[own + i] += scale * ds_size * std::fabs(c.k[at]);
+        dk[at] += ds * c.q[own + i];
+        dk_size[at] += ds_size * std::fabs(c.q[own + i]);
+        dv[at] += e.weights[key] * d_out[own + i];
+        dv_size[at] += e.weights[key] * std::fabs(d_out[own + i]);
+      }
+    }
+  }
+};
+
+void check_gradient(const char* name, const Floats& found, const std::vector<double>& exact, const std::vector<double>& size,
+                    double error) {
+  for (size_t i = 0; i < exact.size(); i++)
+    CHECK(std::fabs(found[i] - exact[i]) <= error * size[i], "%s[%zu]: %g, exact %g, off by %g, allowed %g", name, i,
+          double(found[i]), exact[i], std::fabs(found[i] - exact[i]), error * size[i]);
+}
+
+TEST("attend: backward against a naive implementation in double") {
+  uint64_t seed = 130;
+  for (const Shape& s : {Shape{1, 1, 16, 0}, Shape{4, 3, 16, 0}, Shape{15, 2, 48, 0}, Shape{33, 16, 16, 0}, Shape{70, 3, 32, 0},
+                         Shape{70, 3, 16, 5}, Shape{37, 2, 16, 1}}) {
+    const Case c(s.count, s.heads, s.dim, s.window, ++seed);
+    const Floats d_out = Random(seed + 50).floats(c.q.size());
+    const Gradients exact(c, d_out, 0.25);
+    for_levels([&](const Kernels& k) {
+      Floats out(c.q.size()), lse(size_t(s.count * (s.heads + 1)));
+      c.run(k, true, 0, s.count, out, lse);
+      // the kernel writes keys eight at a time
+      Floats dq(c.q.size()), dk(size_t(round_up(s.count, 8) * s.dim)), dv(dk.size());
+      Floats scratch(size_t(attend_backward_scratch(s.count, s.heads, s.dim)), NAN);
+      AttendBackwardArgs a{c.q.data(), out.data(), d_out.data(), c.k.data(), c.v.data(),    lse.data(),
+                           s.count,    s.heads,    s.dim,        c.stride,   s.heads + 1,   s.window,
+                           0.25f,      dq.data(),  dk.data(),    dv.data(),  scratch.data()};
+      k.attend_backward(a);
+      check_gradient("dq", dq, exact.dq, exact.dq_size, exact.error);
+      check_gradient("dk", dk, exact.dk, exact.dk_size, exact.error);
+      check_gradient("dv", dv, exact.dv, exact.dv_size, exact.error);
+    });
+  }
+}
+
+}  // namespace
+
+}  // namespace nomoat

@@ -1,0 +1,189 @@
+// op/sample.cc: greedy, the filters, penalties, seeds; frequencies of 20,000 draws against the distribution.
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <set>
+
+#include "op/engine.h"
+#include "test/test.h"
+
+namespace nomoat {
+
+namespace {
+
+constexpr Sampling kPlain{.temperature = 1,
+                          .top_p = 1,
+                          .min_p = 0,
+                          .repetition_penalty = 1,
+                          .presence_penalty = 0,
+                          .frequency_penalty = 0,
+                          .top_k = 0,
+                          .seed = 7};
+
+int draw(const Floats& logits, const Sampling& o, uint64_t step = 0, const std::vector<int32_t>& recent = {}) {
+  return sample(logits.data(), int(logits.size()), o, recent.data(), int(recent.size()), step);
+}
+
+std::vector<double> probabilities(const Floats& logits, double temperature) {
+  std::vector<double> p;
+  double sum = 0;
+  for (float logit : logits) sum += p.emplace_back(std::exp(logit / temperature));
+  for (double& value : p) value /= sum;
+  return p;
+}
+
+// Draws 20,000 times and compares with `expected`, whose zeros must never come up. With probability p the count spreads by
+// sqrt(n p (1 - p)): six of those are exceeded by chance once in 10^9.
+void check_frequencies(const Floats& logits, const Sampling& o, std::vector<double> expected) {
+  constexpr int n = 20000;
+  double total = 0;
+  for (double p : expected) total += p;
+  std::vector<int> counts(logits.size());
+  for (uint64_t step = 0; step < n; step++) counts[size_t(draw(logits, o, step))]++;
+  for (size_t t = 0; t < counts.size(); t++) {
+    const double p = expected[t] / total, spread = std::sqrt(n * p * (1 - p));
+    CHECK(std::fabs(counts[t] - n * p) <= 6 * spread + 1e-6, "token %zu: %d of %d draws, expected %.0f", t, counts[t], n, n * p);
+  }
+}
+
+const Floats kLogits = {1.0f, -2.0f, 2.5f, 0.0f, 2.0f, -0.5f, 1.5f, -30.0f, 0.7f, 2.4f};
+
+TEST("sample: temperature 0 takes the largest logit, the first of equals") {
+  Sampling o = kPlain;
+  o.temperature = 0;
+  CHECK(draw(kLogits, o) == 2, "token %d", draw(kLogits, o));
+  CHECK(draw({0, 3, 1, 3, 3}, o) == 1, "ties: token %d", draw({0, 3, 1, 3, 3}, o));
+  CHECK(draw({-5}, o) == 0, "one token");
+}
+
+TEST("sample: draws follow the distribution at every temperature") {
+  for (float temperature : {0.25f, 1.0f, 3.0f}) {
+    Sampling o = kPlain;
+    o.temperature = temperature;
+    check_frequencies(kLogits, o, probabilities(kLogits, temperature));
+  }
+}
+
+TEST("sample: top_k keeps the k largest, lower tokens first among equals") {
+  Sampling o = kPlain;
+  o.top_k = 3;
+  std::vector<double> expected = probabilities(kLogits, 1);
+  for (size_t t : {0, 1, 3, 5, 6, 7, 8}) expected[t] = 0;
+  check_frequencies(kLogits, o, expected);
+  o.top_k = 1;
+  for (uint64_t step = 0; step < 100; step++) CHECK(draw(kLogits, o, step) == 2, "top_k = 1, step %d", int(step));
+  o.top_k = 2;
+  check_frequencies({1, 1, 1, 1}, o, {1, 1, 0, 0});
+  o.top_k = 100;
+  check_frequencies(kLogits, o, probabilities(kLogits, 1));
+}
+
+TEST("sample: top_p keeps the fewest tokens that reach the mass") {
+  const std::vector<double> all = probabilities(kLogits, 1);
+  std::vector<size_t> order(all.size());
+  for (size_t t = 0; t < all.size(); t++) order[t] = t;
+  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return all[a] > all[b]; });
+  for (float top_p : {0.0f, 0.1f, 0.5f, 0.9f, 0.999f}) {
+    std::vector<double> expected(all.size());
+    double mass = 0;
+    for (size_t i = 0; i < order.size() && (i == 0 || mass < double(top_p)); i++) mass += expected[order[i]] = all[order[i]];
+    Sampling o = kPlain;
+    o.top_p = top_p;
+    check_frequencies(kLogits, o, expected);
+  }
+}
+
+TEST("sample: top_p over a flat distribution of more tokens than are sorted at first") {
+  Sampling o = kPlain;
+  o.top_p = 0.5f;
+  Floats logits(1000);
+  for (size_t t = 0; t < logits.size(); t++) logits[t] = float((t * 7919) % 1000) * 1e-3f;  // every value once
+  const std::vector<double> p = probabilities(logits, 1);
+  std::vector<float> sorted = logits;
+  std::sort(sorted.begin(), sorted.end(), std::greater<>());
+  double mass = 0, whole = 0;
+  for (float logit : logits) whole += std::exp(double(logit));
+  size_t kept = 0;
+  while (mass < 0.5) mass += std::exp(double(sorted[kept++])) / whole;
+  for (uint64_t step = 0; step < 5000; step++) {
+    const float logit = logits[size_t(draw(logits, o, step))];
+    CHECK(logit >= sorted[kept - 1], "step %d: logit %g, the smallest that is kept is %g", int(step), double(logit),
+          double(sorted[kept - 1]));
+  }
+}
+
+TEST("sample: min_p drops what is less likely than a share of the likeliest") {
+  Sampling o = kPlain;
+  o.min_p = 0.3f;
+  std::vector<double> expected = probabilities(kLogits, 1);
+  const double top = expected[2];
+  for (double& p : expected)
+    if (p < 0.3 * top) p = 0;
+  check_frequencies(kLogits, o, expected);
+  o.min_p = 1;
+  for (uint64_t step = 0; step < 100; step++) CHECK(draw(kLogits, o, step) == 2, "min_p = 1, step %d", int(step));
+}
+
+TEST("sample: penalties change the logits of recent tokens") {
+  Sampling o = kPlain;
+  const std::vector<int32_t> recent = {2, 2, 2, 1};
+  Floats changed = kLogits;
+  o.repetition_penalty = 1.5f;
+  changed[2] /= 1.5f;
+  changed[1] *= 1.5f;  // negative: pushed down
+  o.presence_penalty = 0.5f;
+  o.frequency_penalty = 0.25f;
+  changed[2] -= 0.5f + 3 * 0.25f;
+  changed[1] -= 0.5f + 0.25f;
+  for (float temperature : {0.0f, 1.0f}) {
+    Sampling plain = kPlain;
+    o.temperature = plain.temperature = temperature;
+    for (uint64_t step = 0; step < 2000; step++)
+      CHECK(draw(kLogits, o, step, recent) == draw(changed, plain, step), "temperature %g, step %d", double(temperature),
+            int(step));
+  }
+  o.temperature = 0;
+  CHECK(draw(kLogits, o) == 2 && draw(kLogits, o, 0, recent) == 9, "greedy: 2 gives way to 9");
+}
+
+TEST("sample: the draw depends on seed and step only") {
+  Sampling other = kPlain;
+  other.seed = 8;
+  int differ = 0;
+  std::vector<int> steps;
+  for (uint64_t step = 0; step < 200; step++) {
+    CHECK(draw(kLogits, kPlain, step) == draw(kLogits, kPlain, step), "step %d twice", int(step));
+    differ += draw(kLogits, kPlain, step) != draw(kLogits, other, step);
+    steps.push_back(draw(kLogits, kPlain, step));
+  }
+  CHECK(differ > 50, "two seeds agree on %d of 200 draws", 200 - differ);
+  CHECK(std::set<int>(steps.begin(), steps.end()).size() > 3, "the step does not change the draw");
+}
+
+TEST("sample: a logit that is NaN or +infinity is what comes back; -infinity never does") {
+  for (float bad : {NAN, INFINITY})
+    for (size_t place : {size_t(0), size_t(4), kLogits.size() - 1})
+      for (int filter = 0; filter < 5; filter++) {
+        Sampling o = kPlain;
+        if (filter == 0) o.temperature = 0;
+        if (filter == 1) o.top_k = 3;
+        if (filter == 2) o.top_p = 0.5f;
+        if (filter == 3) o.min_p = 0.5f;
+        Floats logits = kLogits;
+        logits[place] = bad;
+        CHECK(draw(logits, o, 3) == int(place), "%g at %zu, filter %d: token %d", double(bad), place, filter, draw(logits, o, 3));
+      }
+  Floats many(5000, NAN);  // an order with NaN is none: sorting must not run out of the array
+  Sampling o = kPlain;
+  o.top_k = 40;
+  o.top_p = 0.9f;
+  CHECK(std::isnan(many[size_t(draw(many, o))]), "all NaN");
+  Floats masked(100, -INFINITY);
+  masked[17] = -3;
+  for (uint64_t step = 0; step < 50; step++) CHECK(draw(masked, kPlain, step) == 17, "a masked token was drawn");
+}
+
+}  // namespace
+
+}  // namespace nomoat

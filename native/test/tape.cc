@@ -1,0 +1,278 @@
+// The ops on a small random model: a tape that keeps layers or runs them again, threads, wide adapters, weights with NaN.
+
+#include <cmath>
+#include <memory>
+
+#include "op/engine.h"
+#include "test/test.h"
+
+namespace nomoat {
+
+namespace {
+
+// Grouped heads, a head dimension that is padded, widths that end inside a strip or a panel where the format allows it.
+Dims dims_of(Format format) {
+  Dims d{};
+  d.layers = 3;
+  d.width = is_float(format) ? 56 : 64;
+  d.heads = 4;
+  d.kv_heads = 2;
+  d.head_dim = 24;
+  d.ffn = 96;
+  d.vocab = 70;
+  d.context = 256;
+  d.eps = 1e-5f;
+  d.interleaved = true;
+  d.rope_dim = 24;
+  d.rope_magnitude = 1;
+  return d;
+}
+
+struct Model {
+  Engine engine;
+  std::vector<std::unique_ptr<Weights>> weights;  // by layer and target, then the embedding, which is the head too
+  Floats norm;
+
+  explicit Model(Format format) : engine(dims_of(format)), norm(size_t(padded(engine.dims.width))) {
+    const Dims& d = engine.dims;
+    const int rows[] = {d.q_width(), d.kv_width(), d.kv_width(), d.width, d.ffn, d.ffn, d.width};
+    const int cols[] = {d.width, d.width, d.width, d.q_width(), d.width, d.width, d.ffn};
+    for (int i = 0; i < d.width; i++) norm[size_t(i)] = 1 + 0.01f * float(i % 7);
+    for (int i = 0; i < d.rope_dim / 2; i++) engine.inv_freq.push_back(std::pow(1e4f, -2.0f * float(i) / float(d.rope_dim)));
+    for (int layer = 0; layer < d.layers; layer++) {
+      Layer& own = engine.layers[size_t(layer)];
+      for (int t = 0; t < kTargets; t++) own.w[size_t(t)] = add(format, rows[t], cols[t]);
+      own.attn_norm = own.mlp_norm = norm.data();
+    }
+    engine.embed = engine.head = add(format, d.vocab, d.width);
+    engine.final_norm = norm.data();
+  }
+
+  Matrix add(Format format, int rows, int cols) {
+    weights.push_back(std::make_unique<Weights>(random_weights(format, rows, cols, 200 + weights.size())));
+    return weights.back()->matrix;
+  }
+
+  // The scale of the first block of a row becomes `bits`, an fp16.
+  void poison(int layer, int target, int row, uint16_t bits) {
+    Weights& w = *weights[size_t(layer * kTargets + target)];
+    uint8_t* block = w.gguf.data() + size_t(row) * gguf_row_bytes(w.format, w.cols);
+    block[0] = uint8_t(bits);
+    block[1] = uint8_t(bits >> 8);
+    pack_strips(w.matrix, w.gguf.data(), 0, w.matrix.strips(), w.packed.data());
+  }
+};
+
+// An adapter of every linear with gradients for its last `trained` ranks.
+struct Adapter {
+  LoraSet set;
+  std::vector<std::unique_ptr<Floats>> parts;
+
+  Adapter(const Model& model, int rank, int trained) : set(model.engine.layers.size()) {
+    Random random(300);
+    for (size_t layer = 0; layer < set.size(); layer++)
+      for (size_t t = 0; t < kTargets; t++) {
+        const Matrix& w = model.engine.layers[layer].w[t];
+        Lora& l = set[layer][t];
+        l.rank = rank;
+        l.trained = rank - trained;
+        l.a = add(random.floats(size_t(rank * w.cols), -0.2f, 0.2f));
+        l.bt = add(random.floats(size_t(rank * w.rows), -0.2f, 0.2f));
+        l.scale = add(random.floats(size_t(rank), 0.5f, 2));
+        l.da = add(Floats(size_t(trained * w.cols)));
+        l.dbt = add(Floats(size_t(trained * w.rows)));
+      }
+  }
+  float* add(Floats values) { return parts.emplace_back(std::make_unique<Floats>(std::move(values)))->data(); }
+  Floats gradients() const {
+    Floats all;
+    for (size_t i = 0; i < parts.size(); i++)
+      if (i % 5 > 2) all.insert(all.end(), parts[i]->begin(), parts[i]->end());
+    return all;
+  }
+};
+
+Batch batch_of(const std::vector<int>& lengths, const LoraSet* lora) {
+  Batch b;
+  b.page_tables.resize(lengths.size() * 4);
+  for (size_t i = 0; i < b.page_tables.size(); i++) b.page_tables[i] = int32_t(i);
+  for (size_t i = 0; i < lengths.size(); i++) {
+    b.segments.push_back({b.rows, lengths[i], 0, b.page_tables.data() + 4 * i, lora});
+    b.rows += lengths[i];
+  }
+  return b;
+}
+
+Floats embedded(Model& model, int rows) {
+  std::vector<int32_t> tokens(static_cast<size_t>(rows));
+  for (int m = 0; m < rows; m++) tokens[size_t(m)] = (m * 31 + 7) % model.engine.dims.vocab;
+  Floats x(size_t(rows * padded(model.engine.dims.width)));
+  embed_rows(model.engine, tokens.data(), rows, x.data());
+  return x;
+}
+
+Floats logits(Model& model, Mode mode, const Batch& batch) {
+  Engine& e = model.engine;
+  KvCache cache(e.dims.layers, e.dims, mode == Mode::f32);
+  cache.reserve(int(batch.page_tables.size()));
+  Floats x = embedded(model, batch.rows);
+  for (int layer = 0; layer < e.dims.layers; layer++) {
+    attention_forward(e, layer, mode, x.data(), batch, cache, layer, nullptr);
+    mlp_forward(e, layer, mode, x.data(), batch, nullptr);
+  }
+  std::vector<int32_t> rows(static_cast<size_t>(batch.rows));
+  for (int m = 0; m < batch.rows; m++) rows[size_t(m)] = m;
+  Floats out(rows.size() * size_t(padded(e.dims.vocab)));
+  head_logits(e, mode, x.data(), rows.data(), batch.rows, out.data());
+  return out;
+}
+
+struct Step {
+  Floats logp, gradients, dx;
+};
+
+// As bind.cpp records a step and takes it back.
+Step train(Model& model, Adapter& adapter, Mode mode, const Batch& batch, const std::vector<char>& keep) {
+  Engine& e = model.engine;
+  Tape tape(e.dims, mode);
+  tape.keep = keep;
+  tape.scratch.reserve(int(batch.page_tables.size()));
+  Floats x = embedded(model, batch.rows);
+  auto forward = [&](size_t layer, float* rows, LayerTape* own) {
+    attention_forward(e, int(layer), mode, rows, batch, tape.scratch, 0, own);
+    mlp_forward(e, int(layer), mode, rows, batch, own);
+  };
+  for (size_t layer = 0; layer < keep.size(); layer++) {
+    if (!keep[layer]) save_rows(Mode::f32, x.data(), x.size(), tape.inputs[layer]);
+    forward(layer, x.data(), keep[layer] ? &tape.kept[layer] : nullptr);
+  }
+  std::vector<int32_t> rows, targets;
+  for (int m = 0; m < batch.rows; m += 2) rows.push_back(m), targets.push_back(m % e.dims.vocab);
+  Step step{Floats(rows.size()), {}, Floats(x.size())};
+  const Floats d_logp = Random(301).floats(rows.size());
+  head_logprobs(e, mode, x.data(), rows.data(), targets.data(), int(rows.size()), step.logp.data(), d_logp.data(),
+                step.dx.data());
+  for (size_t layer = keep.size(); layer-- > 0;) {
+    LayerTape* own = &tape.kept[layer];
+    if (!keep[layer]) forward(layer, tape.inputs[layer].data<float>(), own = &tape.again);
+    mlp_backward(e, int(layer), mode, step.dx.data(), batch, *own);
+    attention_backward(e, int(layer), mode, step.dx.data(), batch, *own, true);
+  }
+  step.gradients = adapter.gradients();
+  return step;
+}
+
+Step fresh_step(Model& model, Mode mode, int rank, int trained, const std::vector<int>& lengths, const std::vector<char>& keep) {
+  Adapter adapter(model, rank, trained);
+  return train(model, adapter, mode, batch_of(lengths, &adapter.set), keep);
+}
+
+bool all_finite(const Floats& x) {
+  for (float value : x)
+    if (!std::isfinite(value)) return false;
+  return true;
+}
+
+const std::vector<int> kLengths = {20, 1, 37};
+
+void check_kept_and_again(Model& model, Mode mode) {
+  const Step whole = fresh_step(model, mode, 5, 5, kLengths, {1, 1, 1});
+  CHECK(all_finite(whole.gradients) && all_finite(whole.logp), "mode %d: a gradient is not finite", int(mode));
+  double size = 0;
+  for (float g : whole.gradients) size += std::fabs(g);
+  CHECK(size > 0, "mode %d: all gradients are zero", int(mode));
+  for (int count : {1, 3})
+    for (const std::vector<char>& keep : {std::vector<char>{0, 0, 0}, {0, 1, 1}, {1, 0, 1}}) {
+      const Threads set(count);
+      const Step step = fresh_step(model, mode, 5, 5, kLengths, keep);
+      CHECK(same_bits(step.logp, whole.logp), "mode %d, %d threads: other log-probabilities", int(mode), count);
+      CHECK(same_bits(step.gradients, whole.gradients), "mode %d, %d threads: other gradients", int(mode), count);
+      CHECK(same_bits(step.dx, whole.dx), "mode %d, %d threads: other dx", int(mode), count);
+    }
+}
+
+TEST("tape: layers that are kept and layers that are run again give the same bits, on any number of threads") {
+  for (Format format : {Format::Q4_1, Format::F16}) {
+    Model model(format);
+    for (Mode mode : {Mode::bf16, Mode::f32}) check_kept_and_again(model, mode);
+  }
+}
+
+TEST("tape: an engine whose scratch memory has seen other shapes gives the same bits") {
+  Model used(Format::Q8_0), fresh(Format::Q8_0);
+  fresh_step(used, Mode::f32, 3, 3, {1}, {1, 1, 1});
+  fresh_step(used, Mode::bf16, 9, 9, {90, 5}, {0, 1, 0});
+  const Step a = fresh_step(used, Mode::bf16, 5, 5, kLengths, {1, 0, 1}),
+             b = fresh_step(fresh, Mode::bf16, 5, 5, kLengths, {1, 0, 1});
+  CHECK(same_bits(a.logp, b.logp) && same_bits(a.gradients, b.gradients) && same_bits(a.dx, b.dx), "results depend on the past");
+}
+
+TEST("tape: gradients of the trained ranks do not depend on where the frozen ranks end") {
+  Model model(Format::Q8_0);
+  const Step all = fresh_step(model, Mode::f32, 7, 7, {9, 4}, {1, 1, 1}),
+             some = fresh_step(model, Mode::f32, 7, 3, {9, 4}, {1, 1, 1});
+  CHECK(same_bits(all.logp, some.logp) && same_bits(all.dx, some.dx), "freezing ranks changed the step");
+  size_t at_all = 0, at_some = 0;
+  for (size_t layer = 0; layer < model.engine.layers.size(); layer++)
+    for (size_t t = 0; t < kTargets; t++)
+      for (int width : {model.engine.layers[layer].w[t].cols, model.engine.layers[layer].w[t].rows}) {
+        CHECK(same_bits(&all.gradients[at_all + size_t(4 * width)], &some.gradients[at_some], size_t(3 * width) * sizeof(float)),
+              "layer %zu, target %zu", layer, t);
+        at_all += size_t(7 * width);
+        at_some += size_t(3 * width);
+      }
+}
+
+TEST("tape: adapters of any rank stay inside their memory") {  // the sanitizers look
+  Model model(Format::Q8_0);
+  for (int rank : {1, 47, 49, 257, 270, 300})
+    for (Mode mode : {Mode::bf16, Mode::f32}) {
+      const Step step = fresh_step(model, mode, rank, rank, {5}, {1, 1, 1});
+      CHECK(all_finite(step.gradients), "rank %d: a gradient is not finite", rank);
+    }
+  Adapter wide(model, 270, 1);
+  CHECK(all_finite(logits(model, Mode::int8, batch_of({3}, &wide.set))), "rank 270, int8");
+}
+
+TEST("tape: rows of one batch are what they are alone") {
+  for (Mode mode : {Mode::int8, Mode::bf16, Mode::f32}) {
+    Model model(Format::Q4_0);
+    Adapter one(model, 4, 1), two(model, 6, 1);
+    const Floats mixed = [&] {
+      Batch b = batch_of({11, 11}, &one.set);
+      b.segments[1].lora = &two.set;
+      return logits(model, mode, b);
+    }();
+    const Floats alone = logits(model, mode, batch_of({11}, &one.set));
+    CHECK(same_bits(mixed.data(), alone.data(), alone.size() * sizeof(float)), "mode %d: a neighbour changed a row", int(mode));
+    CHECK(!same_bits(mixed.data() + alone.size(), alone.data(), alone.size() * sizeof(float)), "the second adapter does nothing");
+  }
+}
+
+TEST("tape: a NaN or infinite scale in any linear reaches the logits and the log-probabilities") {
+  for_levels([](const Kernels& k) {
+    for (uint16_t bits : {0x7e00, 0x7c00})  // NaN, infinity
+      for (int target = 0; target < kTargets; target++) {
+        Model model(Format::Q4_0);
+        model.poison(1, target, 5, bits);
+        for (Mode mode : {Mode::int8, Mode::bf16, Mode::f32}) {
+          const Batch batch = batch_of({9}, nullptr);
+          const Floats out = logits(model, mode, batch);
+          const int vocab = model.engine.dims.vocab;
+          for (int m = 0; m < batch.rows; m++)
+            for (int t = 0; t < vocab; t++)
+              CHECK(std::isnan(out[size_t(m * padded(vocab) + t)]), "0x%04x in target %d, mode %d: logit %d of row %d is %g",
+                    bits, target, int(mode), t, m, double(out[size_t(m * padded(vocab) + t)]));
+        }
+        if (k.level != Level::scalar) {
+          const Step step = fresh_step(model, Mode::bf16, 2, 2, {9}, {1, 1, 1});
+          for (float logp : step.logp)
+            CHECK(std::isnan(logp), "0x%04x in target %d: log-probability %g", bits, target, double(logp));
+        }
+      }
+  });
+}
+
+}  // namespace
+
+}  // namespace nomoat
