@@ -34,7 +34,7 @@ Int32 = npt.NDArray[np.int32]
 #: Rows of one step when nothing is recorded: enough for the int8 kernels' full speed, small enough to stay in cache.
 FORWARD_ROWS = 256
 #: Activations of a training step that are kept rather than computed again, in bytes.
-ACTIVATION_BUDGET = 256 << 20
+ACTIVATION_BUDGET = 288 << 20
 
 
 class Rows(Protocol):
