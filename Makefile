@@ -12,6 +12,8 @@ MODEL_HOME := $(CURDIR)/build/home
 NATIVE_FILES = $(shell find native -name '*.cc' -o -name '*.cpp' -o -name '*.h' -o -name '*.inc')
 
 export UV_PYTHON_DOWNLOADS := never
+# The certificates that the system trusts, as pip does: behind a company proxy the ones uv brings along are not enough.
+export UV_SYSTEM_CERTS ?= 1
 export PIP_ROOT_USER_ACTION := ignore
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo test check format docs parity sanitize bench lock model clean distclean
