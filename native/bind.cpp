@@ -25,6 +25,9 @@ using ConstInts = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::devi
 using ConstBytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Bytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
+// Never converted: a result would go into the copy, and the engine keeps addresses of weights and adapters.
+auto array(const char* name) { return nb::arg(name).noconvert(); }
+
 void require(bool condition, const std::string& message) {
   if (!condition) throw std::invalid_argument(message);
 }
@@ -267,16 +270,16 @@ void bind_machine_and_weights(nb::module_& m) {
         nb::gil_scoped_release release;
         return checksum(data.data(), data.size());
       },
-      nb::arg("data"));
-  m.def("pack", &pack, nb::arg("format"), nb::arg("rows"), nb::arg("cols"), nb::arg("gguf"), nb::arg("packed"));
-  m.def("read_rows", &read_rows, nb::arg("format"), nb::arg("rows"), nb::arg("cols"), nb::arg("packed"), nb::arg("ids"),
-        nb::arg("out"));
-  m.def("product", &product, nb::arg("format"), nb::arg("rows"), nb::arg("cols"), nb::arg("packed"), nb::arg("x"), nb::arg("y"),
+      array("data"));
+  m.def("pack", &pack, nb::arg("format"), nb::arg("rows"), nb::arg("cols"), array("gguf"), array("packed"));
+  m.def("read_rows", &read_rows, nb::arg("format"), nb::arg("rows"), nb::arg("cols"), array("packed"), array("ids"),
+        array("out"));
+  m.def("product", &product, nb::arg("format"), nb::arg("rows"), nb::arg("cols"), array("packed"), array("x"), array("y"),
         nb::arg("precision"), nb::arg("backward") = false, nb::arg("digits") = 1);
 }
 
 void bind_numbers(nb::module_& m) {
-  m.def("sum_squares", [](const ConstFloats& x) { return kernels().sum_squares(x.data(), int64_t(x.size())); }, nb::arg("x"));
+  m.def("sum_squares", [](const ConstFloats& x) { return kernels().sum_squares(x.data(), int64_t(x.size())); }, array("x"));
   m.def(
       "adamw",
       [](const Floats& w, const ConstFloats& g, const Floats& first, const Floats& second, double lr, double beta1, double beta2,
@@ -289,8 +292,8 @@ void bind_numbers(nb::module_& m) {
         kernels().adamw(w.data(), g.data(), first.data(), second.data(), int64_t(w.size()), float(grad_scale), float(beta1),
                         float(beta2), step_size, root, float(eps), float(1 - lr * weight_decay));
       },
-      nb::arg("param"), nb::arg("grad"), nb::arg("m"), nb::arg("v"), nb::arg("lr"), nb::arg("beta1"), nb::arg("beta2"),
-      nb::arg("eps"), nb::arg("weight_decay"), nb::arg("step"), nb::arg("grad_scale") = 1.0);
+      array("param"), array("grad"), array("m"), array("v"), nb::arg("lr"), nb::arg("beta1"), nb::arg("beta2"), nb::arg("eps"),
+      nb::arg("weight_decay"), nb::arg("step"), nb::arg("grad_scale") = 1.0);
   m.def(
       "sample",
       [](const ConstFloats& logits, int vocab, float temperature, int top_k, float top_p, float min_p, float repetition,
@@ -301,20 +304,19 @@ void bind_numbers(nb::module_& m) {
         nb::gil_scoped_release release;
         return sample(logits.data(), vocab, o, recent.data(), int(recent.shape(0)), step);
       },
-      nb::arg("logits"), nb::arg("vocab"), nb::arg("temperature"), nb::arg("top_k"), nb::arg("top_p"), nb::arg("min_p"),
+      array("logits"), nb::arg("vocab"), nb::arg("temperature"), nb::arg("top_k"), nb::arg("top_p"), nb::arg("min_p"),
       nb::arg("repetition_penalty"), nb::arg("presence_penalty"), nb::arg("frequency_penalty"), nb::arg("seed"), nb::arg("step"),
-      nb::arg("recent"));
+      array("recent"));
 }
 
 void bind_state(nb::module_& m) {
   nb::class_<PyLora>(m, "LoraSet")
       .def(nb::init<int>(), nb::arg("layers"))
-      .def("set", &set_lora, nb::arg("layer"), nb::arg("target"), nb::arg("a"), nb::arg("bt"), nb::arg("scale"),
-           nb::arg("da").none() = nb::none(), nb::arg("dbt").none() = nb::none());
+      .def("set", &set_lora, nb::arg("layer"), nb::arg("target"), array("a"), array("bt"), array("scale"),
+           array("da").none() = nb::none(), array("dbt").none() = nb::none());
   nb::class_<PyBatch>(m, "Batch")
       .def(nb::init<const ConstInts&, const ConstInts&, const ConstInts&, const ConstInts&, const std::vector<PyLora*>&>(),
-           nb::arg("starts"), nb::arg("positions"), nb::arg("page_starts"), nb::arg("pages"), nb::arg("loras"),
-           nb::keep_alive<1, 6>())
+           array("starts"), array("positions"), array("page_starts"), array("pages"), nb::arg("loras"), nb::keep_alive<1, 6>())
       .def_prop_ro("rows", [](const PyBatch& b) { return b.batch.rows; });
   nb::class_<KvCache>(m, "KvCache")
       .def(
@@ -340,7 +342,7 @@ void bind_engine(nb::module_& m) {
             new (self) PyEngine(std::move(*made));
           },
           nb::arg("layers"), nb::arg("width"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("ffn"),
-          nb::arg("vocab"), nb::arg("context"), nb::arg("window"), nb::arg("eps"), nb::arg("interleaved"), nb::arg("inv_freq"),
+          nb::arg("vocab"), nb::arg("context"), nb::arg("window"), nb::arg("eps"), nb::arg("interleaved"), array("inv_freq"),
           nb::arg("rope_magnitude"))
       .def(
           "set_digits",
@@ -349,9 +351,9 @@ void bind_engine(nb::module_& m) {
             e.digits[size_t(product)] = digits;
           },
           nb::arg("product"), nb::arg("digits"))
-      .def("set_linear", &set_linear, nb::arg("layer"), nb::arg("target"), nb::arg("format"), nb::arg("packed"))
-      .def("set_norm", &set_norm, nb::arg("layer"), nb::arg("which"), nb::arg("weight"))
-      .def("set_table", &set_table, nb::arg("head"), nb::arg("format"), nb::arg("packed"))
+      .def("set_linear", &set_linear, nb::arg("layer"), nb::arg("target"), nb::arg("format"), array("packed"))
+      .def("set_norm", &set_norm, nb::arg("layer"), nb::arg("which"), array("weight"))
+      .def("set_table", &set_table, nb::arg("head"), nb::arg("format"), array("packed"))
       .def(
           "embed",
           [](PyEngine& e, const ConstInts& tokens, const Floats& x) {
@@ -360,11 +362,11 @@ void bind_engine(nb::module_& m) {
             nb::gil_scoped_release release;
             embed_rows(e, tokens.data(), int(tokens.shape(0)), x.data());
           },
-          nb::arg("tokens"), nb::arg("x"))
-      .def("forward_layer", &forward_layer, nb::arg("layer"), nb::arg("precision"), nb::arg("x"), nb::arg("batch"),
+          array("tokens"), array("x"))
+      .def("forward_layer", &forward_layer, nb::arg("layer"), nb::arg("precision"), array("x"), nb::arg("batch"),
            nb::arg("cache"))
-      .def("record_layer", &record_layer, nb::arg("layer"), nb::arg("x"), nb::arg("batch"), nb::arg("tape"))
-      .def("backward_layer", &backward_layer, nb::arg("layer"), nb::arg("dx"), nb::arg("batch"), nb::arg("tape"),
+      .def("record_layer", &record_layer, nb::arg("layer"), array("x"), nb::arg("batch"), nb::arg("tape"))
+      .def("backward_layer", &backward_layer, nb::arg("layer"), array("dx"), nb::arg("batch"), nb::arg("tape"),
            nb::arg("need_dx"))
       .def(
           "logits",
@@ -376,7 +378,7 @@ void bind_engine(nb::module_& m) {
             nb::gil_scoped_release release;
             head_logits(e, mode, x.data(), rows.data(), int(rows.shape(0)), logits.data());
           },
-          nb::arg("precision"), nb::arg("x"), nb::arg("rows"), nb::arg("logits"))
+          nb::arg("precision"), array("x"), array("rows"), array("logits"))
       .def(
           "logprobs",
           [](PyEngine& e, const std::string& precision, const ConstFloats& x, const ConstInts& rows, const ConstInts& targets,
@@ -396,8 +398,8 @@ void bind_engine(nb::module_& m) {
             head_logprobs(e, mode, x.data(), rows.data(), targets.data(), int(n), logp.data(), d_logp ? d_logp->data() : nullptr,
                           dx ? dx->data() : nullptr);
           },
-          nb::arg("precision"), nb::arg("x"), nb::arg("rows"), nb::arg("targets"), nb::arg("logp"),
-          nb::arg("d_logp").none() = nb::none(), nb::arg("dx").none() = nb::none());
+          nb::arg("precision"), array("x"), array("rows"), array("targets"), array("logp"), array("d_logp").none() = nb::none(),
+          array("dx").none() = nb::none());
 }
 
 }  // namespace
