@@ -56,7 +56,7 @@ inline float soften(float* scores, int padded, int first, int last, float* maxim
   for (int k = 0; k < padded; k += V::W) top = V::max(top, V::load(scores + k));
   const float peak = V::max_of(top);
   const typename V::F shift = V::set1(peak);
-  // sixteen partial sums at every width, so that all levels add in the same order
+  // sixteen partial sums at every width; sum() adds them in the same order at every level but the scalar one
   typename V::F sum[16 / V::W];
   for (int i = 0; i < 16 / V::W; i++) sum[i] = V::zero();
   for (int k = 0; k < padded; k += 16)

@@ -47,7 +47,7 @@ struct AttendBackwardArgs {
   int count, heads, dim, q_stride, lse_stride, window;
   float scale;
   float* dq;       // [count][heads][dim], stride q_stride
-  float *dk, *dv;  // [count][dim]
+  float *dk, *dv;  // [count rounded up to 8][dim], added to; rows from count on get zeros added
   float* scratch;  // attend_backward_scratch(count, heads, dim) floats
 };
 
