@@ -28,12 +28,16 @@ bool before(const Candidate& a, const Candidate& b) { return a.logit > b.logit |
 }  // namespace
 
 int sample(const float* logits, int vocab, const Sampling& o, const int32_t* recent, int recent_count, uint64_t step) {
-  std::vector<Candidate> all(static_cast<size_t>(vocab));
+  const bool penalized = o.repetition_penalty != 1 || o.presence_penalty != 0 || o.frequency_penalty != 0;
+  int likeliest = 0;
   for (int t = 0; t < vocab; t++) {
     if (!(logits[t] < INFINITY)) return t;  // NaN has no order to sort by: the caller looks at the logit of what it gets
-    all[size_t(t)] = {logits[t], t};
+    if (logits[t] > logits[likeliest]) likeliest = t;
   }
-  if (o.repetition_penalty != 1 || o.presence_penalty != 0 || o.frequency_penalty != 0) {
+  if (o.temperature <= 0 && !penalized) return likeliest;
+  std::vector<Candidate> all(static_cast<size_t>(vocab));
+  for (int t = 0; t < vocab; t++) all[size_t(t)] = {logits[t], t};
+  if (penalized) {
     std::unordered_map<int, int> seen;
     for (int i = 0; i < recent_count; i++) seen[recent[i]]++;
     for (const auto& [token, count] : seen) {

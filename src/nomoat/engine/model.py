@@ -7,9 +7,11 @@ A batch is rows of several segments, one segment a run of one sequence. Training
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -77,14 +79,15 @@ class Model:
         """
         path = Path(path)
         _configure(threads)
-        spec = read_spec(path)
-        weights = load_weights(path, spec, quantize=quantize, progress=progress)
-        if path.is_dir():
-            tokenizer = Tokenizer.from_folder(path)
-            return cls(path, spec, weights, tokenizer, template_for(path, tokenizer))
-        with open_gguf(path) as file:
-            tokenizer = Tokenizer.from_gguf(file)
-            return cls(path, spec, weights, tokenizer, template_for(file, tokenizer))
+        with _no_collection():
+            spec = read_spec(path)
+            weights = load_weights(path, spec, quantize=quantize, progress=progress)
+            if path.is_dir():
+                tokenizer = Tokenizer.from_folder(path)
+                return cls(path, spec, weights, tokenizer, template_for(path, tokenizer))
+            with open_gguf(path) as file:
+                tokenizer = Tokenizer.from_gguf(file)
+                return cls(path, spec, weights, tokenizer, template_for(file, tokenizer))
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -252,6 +255,18 @@ def activation_bytes(spec: ModelSpec, ranks: int, precision: str = "bf16") -> in
     heads = spec.heads * spec.head_dim
     kept = 2 * spec.width + 2 * heads + 2 * spec.kv_heads * spec.head_dim + 2 * spec.ffn
     return element * kept + 4 * (spec.heads + ranks)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Vocabularies are hundreds of thousands of objects, none of them garbage: looking for cycles costs a tenth of a second."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _configure(threads: int | None) -> None:
