@@ -7,12 +7,15 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+LOAD_BEFORE = os.getloadavg()[0]
+BUSY = 0.5  # other work on half a core: beyond it, ratios say more about the schedulers than about the programs
 
 
 def cpu() -> str:
@@ -54,12 +57,14 @@ def environment(threads: int) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
-        "load_average": round(os.getloadavg()[0], 2),
+        "load_before": round(LOAD_BEFORE, 2),
     }
 
 
 def write(name: str, figures: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """Writes `figures` to NAME.json, whole or not at all."""
+    """Writes `figures` to NAME.json, whole or not at all. Says so where the machine was busy before it began."""
+    if LOAD_BEFORE > BUSY:
+        print(f"warning: the load was {LOAD_BEFORE:.1f} when this began; compare speeds on an idle machine only", file=sys.stderr)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     part = path.with_suffix(".json.part")

@@ -28,11 +28,7 @@ def install(folder: Path, jobs: int) -> None:
     """Raises CalledProcessError where a step fails; its own output says why."""
     if not (folder / "bin" / "python").exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    options = {
-        "CMAKE_ARGS": CMAKE_ARGS,
-        "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs),
-        "SKBUILD_BUILD_TARGETS": "llama",  # neither its chat library nor its tools
-    }
+    options = {"CMAKE_ARGS": CMAKE_ARGS, "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs)}
     subprocess.run(
         [folder / "bin" / "python", "-m", "pip", "install", "--no-binary", "llama-cpp-python", *REQUIREMENTS],
         env={**os.environ, **options},

@@ -1,6 +1,6 @@
 """llama.cpp through llama-cpp-python's low-level API, so that only `llama_decode` is timed. Runs in `build/peers`.
 
-Flash attention, KV type (f16) and batch sizes are llama.cpp's own defaults.
+Flash attention and the cache's type (f16) are llama.cpp's own defaults; a prompt goes in as one batch.
 """
 
 from __future__ import annotations
@@ -42,9 +42,21 @@ def load(path: str, context: int, threads: int) -> dict[str, Any]:
     chosen.n_ctx = chosen.n_batch = context
     chosen.n_threads = chosen.n_threads_batch = threads
     state["context"] = llama_cpp.llama_init_from_model(model, chosen)
+    _keep_threads(threads)
     state["vocab"] = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
     info = llama_cpp.llama_print_system_info()
     return {"version": llama_cpp.__version__, "system_info": info.decode().strip(), "vocab": state["vocab"]}
+
+
+def _keep_threads(threads: int) -> None:
+    """Gives the context a thread pool, as llama-bench does; otherwise every step starts and ends its threads."""
+    library = llama_cpp.llama_cpp._lib
+    options = ctypes.create_string_buffer(4096)  # struct ggml_threadpool_params: 512 flags and some numbers
+    library.ggml_threadpool_params_init(options, threads)
+    library.ggml_threadpool_new.restype = ctypes.c_void_p
+    pool = ctypes.c_void_p(library.ggml_threadpool_new(options))
+    library.llama_attach_threadpool.argtypes = [ctypes.c_void_p] * 3
+    library.llama_attach_threadpool(state["context"], pool, pool)
 
 
 def _decode(tokens: Sequence[int], position: int, wanted: range) -> None:
