@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from nomoat.text.template import ChatTemplate
     from nomoat.text.tokenizer import Tokenizer
 
+END = 2  # <|im_end|> of SmolLM2
 RANK, ALPHA, BATCH, WARMUP = 16, 32.0, 16, 0.03
 RATES = (2e-4, 5e-4, 1e-3)
 BEST_RATE = 5e-4  # PEFT's best of the three when this comparison was first run
@@ -50,20 +51,34 @@ def make_plan(
     template: ChatTemplate | None,
     batch: int = BATCH,
 ) -> tuple[Plan, list[str]]:
-    """The rows as token ids, in nomoat's order of the first epoch; and the expected answers."""
+    """The rows as token ids, in nomoat's order of the first epoch; and the expected answers.
+
+    Without a template a row is plain text, about 32 tokens: the message, a line `Intent:`, the label, the end token.
+    """
     from nomoat.data.mask import Example, prompt_tokens, tokenize
     from nomoat.data.pack import shuffled_order, useful_rows
     from nomoat.data.readers import Row
 
+    def prompt(messages: list[dict[str, Any]]) -> list[int]:
+        if template is None:
+            return tokenizer.encode(f"{messages[0]['content']}\nIntent:")
+        return prompt_tokens(messages, tokenizer, template)
+
     examples = []
     for line, item in enumerate(train, 1):
+        if template is None:
+            asked = prompt(item["messages"])
+            said = [*tokenizer.encode(f" {item['messages'][-1]['content']}", add_bos=False), END]
+            weights = np.concatenate([np.zeros(len(asked), np.float32), np.ones(len(said), np.float32)])
+            examples.append(Example(np.array(asked + said, np.int32), weights))
+            continue
         example = tokenize(Row(item["messages"], line, "messages"), tokenizer, template, max_tokens=2048)
         if not isinstance(example, Example):
             raise SystemExit(f"training row {line}: {example}")
         last = useful_rows(example) + 1  # what follows the last learned token changes nothing, for either side
         examples.append(Example(example.tokens[:last], example.weights[:last]))
     order = shuffled_order(len(examples), 0, 0).tolist()
-    prompts = [np.array(prompt_tokens(item["messages"][:-1], tokenizer, template), np.int32) for item in test]
+    prompts = [np.array(prompt(item["messages"][:-1]), np.int32) for item in test]
     plan = Plan(
         [example.tokens for example in examples],
         [example.weights for example in examples],
@@ -205,6 +220,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--only", choices=("nomoat", "peft"), help="run one side")
     parser.add_argument("--speed-only", action="store_true")
     parser.add_argument("--steps", type=int, default=SPEED_STEPS, help="with --speed-only")
+    parser.add_argument("--chat", action="store_true", help="rows in the model's chat template, with its system prompt")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peft-python", type=Path, default=PEFT_PYTHON)
     return parser.parse_args()
@@ -224,7 +240,7 @@ def main() -> None:
         tokenizer = Tokenizer.from_gguf(file)
         template, default_rate = template_for(file, tokenizer), default_learning_rate(spec_from_gguf(file))
     data = load_dataset("clinc150", given.shared, train_rows=given.train, test_rows=given.test)
-    plan, expected = make_plan(data.train[: given.first], data.test, tokenizer, template)
+    plan, expected = make_plan(data.train[: given.first], data.test, tokenizer, template if given.chat else None)
     bench = Bench(path, plan, expected, tokenizer, given.threads, given.peft_python)
     counted = range(len(plan.batches))
     work = {
