@@ -26,13 +26,13 @@ SAMPLES = 2
 
 #: What differs from the defaults of `nomoat train`.
 RECIPES: dict[str, dict[str, Any]] = {
-    "clinc150": {"learning_rate": 5e-4},
-    "wnut17": {"learning_rate": 5e-4, "epochs": 2},
-    "wikisql": {"learning_rate": 5e-4, "epochs": 3},
-    "nl2bash": {"learning_rate": 5e-4, "epochs": 1},
-    "bfcl": {"learning_rate": 5e-4, "epochs": 3},
-    "sms_spam": {"learning_rate": 5e-4},
-    "gsm8k": {"learning_rate": 5e-4},
+    "clinc150": {"learning_rate": 1e-3},
+    "wnut17": {"learning_rate": 1e-3, "epochs": 2},
+    "wikisql": {"learning_rate": 1e-3, "epochs": 2},
+    "nl2bash": {"learning_rate": 1e-3, "epochs": 1},
+    "bfcl": {"learning_rate": 1e-3, "epochs": 2},
+    "sms_spam": {"learning_rate": 1e-3},
+    "gsm8k": {"learning_rate": 1e-3},
 }
 TASKS = {
     "clinc150": "which of 150 intents a message has",

@@ -101,7 +101,7 @@ struct PyLora {
 
 struct PyBatch {
   PyBatch(const ConstInts& starts, const ConstInts& positions, const ConstInts& page_starts, const ConstInts& pages,
-          const std::vector<PyLora*>& loras) {
+          const std::vector<PyLora*>& loras, int prefix) {
     const size_t n = positions.shape(0);
     require(starts.shape(0) == n + 1 && page_starts.shape(0) == n + 1 && (loras.empty() || loras.size() == n),
             "batch arrays disagree in length");
@@ -118,8 +118,11 @@ struct PyBatch {
       }
       batch.segments.push_back(
           {row, count, position, batch.page_tables.data() + first, loras.empty() || !loras[i] ? nullptr : &loras[i]->set});
+      require(prefix == 0 || (i == 0 ? position == 0 && count == prefix : position == prefix),
+              "with a prefix, the first segment holds it and the others start behind it");
       batch.rows += count;
     }
+    batch.prefix = prefix;
   }
   Batch batch;
   int highest_page = -1;
@@ -315,8 +318,9 @@ void bind_state(nb::module_& m) {
       .def("set", &set_lora, nb::arg("layer"), nb::arg("target"), array("a"), array("bt"), array("scale"),
            array("da").none() = nb::none(), array("dbt").none() = nb::none());
   nb::class_<PyBatch>(m, "Batch")
-      .def(nb::init<const ConstInts&, const ConstInts&, const ConstInts&, const ConstInts&, const std::vector<PyLora*>&>(),
-           array("starts"), array("positions"), array("page_starts"), array("pages"), nb::arg("loras"), nb::keep_alive<1, 6>())
+      .def(nb::init<const ConstInts&, const ConstInts&, const ConstInts&, const ConstInts&, const std::vector<PyLora*>&, int>(),
+           array("starts"), array("positions"), array("page_starts"), array("pages"), nb::arg("loras"), nb::arg("prefix") = 0,
+           nb::keep_alive<1, 6>())
       .def_prop_ro("rows", [](const PyBatch& b) { return b.batch.rows; });
   nb::class_<KvCache>(m, "KvCache")
       .def(

@@ -192,11 +192,12 @@ inline void weigh_rows(const AttendBackwardArgs& a, const BackwardRows& b, int r
   }
   const int end = b.last / 16 * 16 + 16;
   for (int r = r0; r < r0 + R; r++) {
-    const int position = b.row + r / a.heads, start = a.window && position >= a.window ? position - a.window + 1 : 0;
-    const float* out = a.out + size_t(position) * a.q_stride + (r % a.heads) * a.dim;
+    const int row = b.row + r / a.heads, position = a.before + row;
+    const int start = a.window && position >= a.window ? position - a.window + 1 : 0;
+    const float* out = a.out + size_t(row) * a.q_stride + (r % a.heads) * a.dim;
     typename V::F dots = V::zero();
     for (int d = 0; d < a.dim; d += V::W) dots = V::fma(V::load(out + d), V::load(b.d_out[r] + d), dots);
-    const typename V::F lse = V::set1(a.lse[size_t(position) * a.lse_stride + r % a.heads]), delta = V::set1(V::sum(dots));
+    const typename V::F lse = V::set1(a.lse[size_t(row) * a.lse_stride + r % a.heads]), delta = V::set1(V::sum(dots));
     for (int key = b.begin; key < end; key += V::W) {
       const typename V::F weight = vexp<V>(V::sub(V::load(b.p[r] + key), lse));
       V::store(b.p[r] + key, weight);
@@ -219,18 +220,19 @@ inline void query_gradients(const AttendBackwardArgs& a, const BackwardRows& b, 
 
 template <class V>
 void attend_backward(const AttendBackwardArgs& a) {
-  const int keys = round_up(a.count, 16), group = kAttendRows * a.heads;
+  const int key_count = a.before + a.count, keys = round_up(key_count, 16), group = kAttendRows * a.heads;
   float *k_blocks = a.scratch, *v_blocks = k_blocks + size_t(keys) * a.dim, *p = v_blocks + size_t(keys) * a.dim,
         *ds = p + size_t(group) * keys;
-  block_keys(a.k, a.count, a.dim, k_blocks);
-  block_keys(a.v, a.count, a.dim, v_blocks);
+  block_keys(a.k, key_count, a.dim, k_blocks);
+  block_keys(a.v, key_count, a.dim, v_blocks);
   for (int row = 0; row < a.count; row += kAttendRows) {
     const int rows = a.count - row < kAttendRows ? a.count - row : kAttendRows;
     BackwardRows b;
     b.row = row;
     b.total = rows * a.heads;
-    b.begin = a.window && row >= a.window ? (row - a.window + 1) / 16 * 16 : 0;
-    b.last = row + rows - 1;
+    const int position = a.before + row;
+    b.begin = a.window && position >= a.window ? (position - a.window + 1) / 16 * 16 : 0;
+    b.last = position + rows - 1;
     for (int r = 0; r < b.total; r++) {
       const size_t offset = size_t(row + r / a.heads) * a.q_stride + (r % a.heads) * a.dim;
       b.q[r] = a.q + offset;

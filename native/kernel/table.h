@@ -39,22 +39,24 @@ struct AttendArgs {
   float* scratch;  // rows * heads * round_up(last position + 1, 16)
 };
 
-// One segment and one kv head, all in float32. `scale` is the one that the forward pass put into q.
+// One segment and one kv head, all in float32. `scale` is the one that the forward pass put into q. The first `before` keys
+// belong to rows that other segments share: query row i sees keys [0, before + i].
 struct AttendBackwardArgs {
   const float *q, *out, *d_out;  // [count][heads][dim], q already scaled, stride q_stride
-  const float *k, *v;            // [count][dim]
+  const float *k, *v;            // [before + count][dim]
   const float* lse;              // [count][heads], stride lse_stride
   int count, heads, dim, q_stride, lse_stride, window;
   float scale;
   float* dq;       // [count][heads][dim], stride q_stride
-  float *dk, *dv;  // [count rounded up to 8][dim], added to; rows from count on get zeros added
-  float* scratch;  // attend_backward_scratch(count, heads, dim) floats
+  float *dk, *dv;  // [before + count rounded up to 8][dim], added to; rows behind the last get zeros added
+  float* scratch;  // attend_backward_scratch(before + count, heads, dim) floats
+  int before = 0;
 };
 
 constexpr int kAttendRows = 4;  // query rows taken together by the attention kernels
 
-inline int64_t attend_backward_scratch(int count, int heads, int dim) {
-  const int64_t keys = round_up(count, 16);
+inline int64_t attend_backward_scratch(int key_count, int heads, int dim) {
+  const int64_t keys = round_up(key_count, 16);
   return 2 * keys * dim + 2 * int64_t(kAttendRows) * heads * keys;
 }
 

@@ -81,6 +81,15 @@ void place(Engine& engine, const Batch& batch, const KvCache& cache, int cache_l
         }
       }
     });
+  // Whole pages of a shared prefix are shared; each segment has a copy of what the prefix puts into its first own page.
+  for (size_t i = 1; batch.prefix && i < batch.segments.size(); i++)
+    for (int position = batch.prefix / kPageTokens * kPageTokens; position < batch.prefix; position++)
+      for (int h = 0; h < dims.kv_heads; h++) {
+        const size_t at = size_t(position) * w.heads_kv + size_t(h) * stride;
+        const int page = batch.segments[i].pages[position / kPageTokens], slot = position % kPageTokens;
+        write_key(cache, k + at, stride, cache.keys(page, cache_layer, h), slot);
+        write_value(cache, v + at, stride, cache.values(page, cache_layer, h), slot);
+      }
 }
 
 void attend_all(Engine& engine, const Batch& batch, const KvCache& cache, int cache_layer, const Widths& w, float* lse) {
@@ -147,29 +156,48 @@ void spread(const Dims& dims, const float* from, int rows, const Widths& w, floa
   });
 }
 
-// dq, dk, dv of one segment and kv head, in float32.
-void backward_task(Engine& engine, const Segment& s, int kv_head, const Widths& w, const float* q, const float* k, const float* v,
-                   const float* mixed, const float* d_mixed, const float* lse, int thread) {
+// What the tape and the output product give to attention's backward; widths as in `Widths`.
+struct AttentionGradients {
+  const float *q, *k, *v, *mixed, *d_mixed, *lse;
+};
+
+// Gradients of one row's key and value, in the cache's layout, become those of the products: the rotation is undone.
+void put_key_value(Engine& engine, const Widths& w, int row, int position, int kv_head, const float* dk, const float* dv) {
   const Dims& dims = engine.dims;
-  const int dim = dims.head_stride(), keys = round_up(s.count, 16), group = dims.group();
+  const float* angles = engine.rope_table(position + 1) + size_t(position) * (dims.rope_dim / 2) * 2;
+  const size_t at = size_t(row) * w.kv + size_t(kv_head) * dims.head_dim;
+  rotate(dims, dk, angles, -1, 1, engine.dk.data<float>() + at);
+  std::memcpy(engine.dv.data<float>() + at, dv, size_t(dims.head_dim) * sizeof(float));
+}
+
+// dq, dk, dv of one segment and kv head, in float32. `shared` takes what it adds to the keys and values of a shared prefix,
+// [prefix][dim] of each; for the prefix itself that is all of it.
+void backward_task(Engine& engine, const Batch& batch, int index, int kv_head, const Widths& w, const AttentionGradients& g,
+                   float* shared, int thread) {
+  const Dims& dims = engine.dims;
+  const Segment& s = batch.segments[size_t(index)];
+  const int before = index ? batch.prefix : 0, key_count = before + s.count;
+  const int dim = dims.head_stride(), keys = round_up(key_count, 16), group = dims.group();
   const size_t rows = size_t(keys) * dim;
-  float* own = engine.thread_scratch[thread].get<float>(4 * rows + size_t(attend_backward_scratch(s.count, group, dim)));
+  float* own = engine.thread_scratch[thread].get<float>(4 * rows + size_t(attend_backward_scratch(key_count, group, dim)));
   float *k_rows = own, *v_rows = own + rows, *dk = own + 2 * rows, *dv = own + 3 * rows;
   std::memset(dk, 0, 2 * rows * sizeof(float));
-  for (int i = 0; i < s.count; i++) {
-    const size_t at = size_t(s.row + i) * w.heads_kv + size_t(kv_head) * dim;
-    std::memcpy(k_rows + size_t(i) * dim, k + at, size_t(dim) * sizeof(float));
-    std::memcpy(v_rows + size_t(i) * dim, v + at, size_t(dim) * sizeof(float));
+  for (int i = 0; i < key_count; i++) {
+    const int row = i < before ? i : s.row + i - before;
+    const size_t at = size_t(row) * w.heads_kv + size_t(kv_head) * dim;
+    std::memcpy(k_rows + size_t(i) * dim, g.k + at, size_t(dim) * sizeof(float));
+    std::memcpy(v_rows + size_t(i) * dim, g.v + at, size_t(dim) * sizeof(float));
   }
   const size_t offset = size_t(s.row) * w.heads_q + size_t(kv_head) * group * dim;
   AttendBackwardArgs a;
-  a.q = q + offset;
-  a.out = mixed + offset;
-  a.d_out = d_mixed + offset;
+  a.q = g.q + offset;
+  a.out = g.mixed + offset;
+  a.d_out = g.d_mixed + offset;
   a.k = k_rows;
   a.v = v_rows;
-  a.lse = lse + size_t(s.row) * dims.heads + size_t(kv_head) * group;
+  a.lse = g.lse + size_t(s.row) * dims.heads + size_t(kv_head) * group;
   a.count = s.count;
+  a.before = before;
   a.heads = group;
   a.dim = dim;
   a.q_stride = w.heads_q;
@@ -182,18 +210,31 @@ void backward_task(Engine& engine, const Segment& s, int kv_head, const Widths& 
   a.scratch = own + 4 * rows;
   kernels().attend_backward(a);
   const float* table = engine.rope_table(s.position + s.count);
-  for (int i = 0; i < s.count; i++) {  // undo the rotation: rows of the products' gradients
-    const float* angles = table + size_t(s.position + i) * (dims.rope_dim / 2) * 2;
+  for (int i = 0; i < s.count; i++) {
     const size_t m = size_t(s.row + i);
-    for (int h = 0; h < group; h++) {
-      const int head = kv_head * group + h;
-      rotate(dims, engine.mixed.data<float>() + m * w.heads_q + size_t(head) * dim, angles, -1, 1,
+    for (int head = kv_head * group; head < (kv_head + 1) * group; head++)
+      rotate(dims, engine.mixed.data<float>() + m * w.heads_q + size_t(head) * dim,
+             table + size_t(s.position + i) * (dims.rope_dim / 2) * 2, -1, 1,
              engine.dq.data<float>() + m * w.q + head * dims.head_dim);
-    }
-    rotate(dims, dk + size_t(i) * dim, angles, -1, 1, engine.dk.data<float>() + m * w.kv + kv_head * dims.head_dim);
-    std::memcpy(engine.dv.data<float>() + m * w.kv + kv_head * dims.head_dim, dv + size_t(i) * dim,
-                size_t(dims.head_dim) * sizeof(float));
   }
+  if (batch.prefix) {
+    std::memcpy(shared, dk, size_t(batch.prefix) * dim * sizeof(float));
+    std::memcpy(shared + size_t(batch.prefix) * dim, dv, size_t(batch.prefix) * dim * sizeof(float));
+  }
+  for (int i = batch.prefix && !index ? s.count : 0; i < s.count; i++)
+    put_key_value(engine, w, s.row + i, s.position + i, kv_head, dk + size_t(before + i) * dim, dv + size_t(before + i) * dim);
+}
+
+// Adds up, in order of segments, what all of them gave to the keys and values of the shared prefix.
+void gather_shared(Engine& engine, const Batch& batch, const Widths& w, float* shared, size_t block) {
+  const int kv_heads = engine.dims.kv_heads, dim = engine.dims.head_stride();
+  parallel_for(kv_heads, [&](int head, int) {
+    float* sum = shared + size_t(head) * block;
+    for (size_t i = 1; i < batch.segments.size(); i++)
+      kernels().axpy(shared + (i * size_t(kv_heads) + size_t(head)) * block, 1, int(block), sum);
+    for (int i = 0; i < batch.prefix; i++)
+      put_key_value(engine, w, i, i, head, sum + size_t(i) * dim, sum + size_t(batch.prefix + i) * dim);
+  });
 }
 
 }  // namespace
@@ -259,10 +300,13 @@ void attention_backward(Engine& engine, int layer, Mode mode, float* dx, const B
   for (const Segment& s : batch.segments) furthest = s.position + s.count > furthest ? s.position + s.count : furthest;
   engine.rope_table(furthest);  // grown here, read by the tasks
   const int segments = int(batch.segments.size());
+  const size_t block = size_t(2) * batch.prefix * dims.head_stride();
+  float* shared = engine.shared.get<float>(size_t(segments) * dims.kv_heads * block + 1);
+  const AttentionGradients gradients{q, k, v, mixed_heads, d_mixed_heads, tape.lse.data<float>()};
   parallel_for(segments * dims.kv_heads, [&](int task, int thread) {
-    backward_task(engine, batch.segments[task / dims.kv_heads], task % dims.kv_heads, w, q, k, v, mixed_heads, d_mixed_heads,
-                  tape.lse.data<float>(), thread);
+    backward_task(engine, batch, task / dims.kv_heads, task % dims.kv_heads, w, gradients, shared + size_t(task) * block, thread);
   });
+  if (batch.prefix) gather_shared(engine, batch, w, shared, block);
   // through the input products and the norm
   const float* x = load_rows(mode, tape.x, rows * w.d, engine.x_wide);
   const float* h = normed(engine, x, own.attn_norm, batch.rows);

@@ -50,8 +50,9 @@ struct Segment {
   const LoraSet* lora;   // null = base model
 };
 
+// With `prefix`, the first segment is the beginning of all others: it has `prefix` rows, and they start at that position.
 struct Batch {
-  int rows = 0;
+  int rows = 0, prefix = 0;
   std::vector<Segment> segments;
   std::vector<int32_t> page_tables;
   const LoraSet* lora() const { return segments.empty() ? nullptr : segments[0].lora; }
@@ -121,7 +122,7 @@ struct Engine {
 
   // scratch, grown on demand; names say who uses them
   Buffer normed, normed_low, blocks, q8, q, k, v, attn_q, attn_k, attn_v, mixed, mixed_flat, gate, up, act, act_low, u, du,
-      logits, lse, dy_low, dx, dgate, dup, dmixed, dq, dk, dv, head_x, head_dx, x_wide;
+      logits, lse, dy_low, dx, dgate, dup, dmixed, dq, dk, dv, head_x, head_dx, x_wide, shared;
   std::array<Buffer, kTargets> target_u;
   std::vector<Buffer> thread_scratch = std::vector<Buffer>(256);
 

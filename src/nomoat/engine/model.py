@@ -35,6 +35,8 @@ Int32 = npt.NDArray[np.int32]
 
 #: Rows of one step when nothing is recorded: enough for the int8 kernels' full speed, small enough to stay in cache.
 FORWARD_ROWS = 256
+#: A common beginning is taken apart where it saves at least so many rows.
+MIN_SHARED_ROWS = 16
 #: Activations of a training step that are kept rather than computed again, in bytes.
 ACTIVATION_BUDGET = 288 << 20
 
@@ -197,25 +199,21 @@ class Model:
     ) -> Float32:
         """Log-probabilities of the weighted targets; adds sum_i d_logp[i] * d logp[i] / d parameter to `lora.gradients`.
 
-        `d_logp` has one value for each row whose weight is not 0. Activations beyond `budget` bytes are computed again, with
-        the same bits. Raises NonFiniteError, then the gradients are not to be used.
+        `d_logp` has one value for each row whose weight is not 0. Rows that all segments begin with, as a system prompt, are
+        computed once: attention looks back only, so they are the same rows. Activations beyond `budget` bytes are computed
+        again, with the same bits. Raises NonFiniteError, then the gradients are not to be used.
         """
-        lengths = np.diff(pack.starts).tolist()
-        pages: list[list[int]] = []
-        used = 0
-        for length in lengths:
-            count = -(-length // kv.PAGE_TOKENS)
-            pages.append(list(range(used, used + count)))
-            used += count
-        batch = self._batch(lengths, [0] * len(lengths), pages, [lora.native] * len(lengths))
-        tape = self._tape(precision, len(pack.tokens), lora, budget)
-        x = self._embed(np.ascontiguousarray(pack.tokens, np.int32))
+        tokens, lengths, positions, prefix, kept = _share_prefix(pack)
+        batch = self._batch(lengths, positions, _page_tables(lengths, prefix), [lora.native] * len(lengths), prefix)
+        tape = self._tape(precision, len(tokens), lora, budget)
+        x = self._embed(tokens)
         for layer in range(self.spec.layers):
             self._engine.record_layer(layer, x, batch, tape)
-        rows = _weighted(pack, 0, len(pack.tokens))
+        weighted = _weighted(pack, 0, len(pack.tokens))
+        rows = kept[weighted]
         logp = np.empty(len(rows), np.float32)
         dx = np.zeros_like(x)
-        self._engine.logprobs(precision, x, rows, pack.targets[rows], logp, np.ascontiguousarray(d_logp, np.float32), dx)
+        self._engine.logprobs(precision, x, rows, pack.targets[weighted], logp, np.ascontiguousarray(d_logp, np.float32), dx)
         for layer in reversed(range(self.spec.layers)):
             self._engine.backward_layer(layer, dx, batch, tape, layer > 0)
         return _finite(logp)
@@ -240,13 +238,19 @@ class Model:
 
     @staticmethod
     def _batch(
-        counts: list[int], positions: list[int], pages: list[list[int]], loras: Sequence[_native.LoraSet | None]
+        counts: list[int],
+        positions: list[int],
+        pages: list[list[int]],
+        loras: Sequence[_native.LoraSet | None],
+        prefix: int = 0,
     ) -> _native.Batch:
         starts = np.cumsum([0, *counts], dtype=np.int32)
         page_starts = np.cumsum([0, *map(len, pages)], dtype=np.int32)
         flat = np.asarray([page for table in pages for page in table], np.int32)
         # None is the base model, which the generated stub of a C++ vector of pointers cannot say
-        return _native.Batch(starts, np.asarray(positions, np.int32), page_starts, flat, cast(list[_native.LoraSet], list(loras)))
+        return _native.Batch(
+            starts, np.asarray(positions, np.int32), page_starts, flat, cast(list[_native.LoraSet], list(loras)), prefix
+        )
 
 
 def activation_bytes(spec: ModelSpec, ranks: int, precision: str = "bf16") -> int:
@@ -312,6 +316,49 @@ def _build_engine(spec: ModelSpec, weights: Weights) -> _native.Engine:
     except ValueError as error:
         raise ModelError(f"{spec.name}: {error}", code="E_SHAPE") from None
     return engine
+
+
+def _share_prefix(pack: Rows) -> tuple[Int32, list[int], list[int], int, Int32]:
+    """Rows of a pack with the common beginning of its segments taken once, as a segment of its own in front of them.
+
+    Returns tokens, rows of each segment, position of each segment, rows of the prefix (0: none), and for every row of the
+    pack its new row. No row of the prefix carries loss, since what follows it differs.
+    """
+    bounds = pack.starts.tolist()
+    spans = list(itertools.pairwise(bounds))
+    first = pack.tokens[spans[0][0] : spans[0][1]]
+    prefix = len(first)
+    for begin, end in spans:
+        own = pack.tokens[begin:end]
+        length = min(prefix, len(own))
+        differs = np.flatnonzero(own[:length] != first[:length])
+        weighted = np.flatnonzero(pack.weights[begin:end])
+        prefix = min(length, *differs[:1].tolist(), *weighted[:1].tolist())
+    if len(spans) < 2 or prefix * (len(spans) - 1) < MIN_SHARED_ROWS:
+        kept = np.arange(len(pack.tokens), dtype=np.int32)
+        return np.ascontiguousarray(pack.tokens, np.int32), [end - begin for begin, end in spans], [0] * len(spans), 0, kept
+    tokens = np.concatenate([first[:prefix], *(pack.tokens[begin + prefix : end] for begin, end in spans)]).astype(np.int32)
+    lengths = [prefix, *(end - begin - prefix for begin, end in spans)]
+    kept = np.zeros(len(pack.tokens), np.int32)
+    row = prefix
+    for begin, end in spans:
+        kept[begin : begin + prefix] = np.arange(prefix)
+        kept[begin + prefix : end] = np.arange(row, row + end - begin - prefix)
+        row += end - begin - prefix
+    return tokens, lengths, [0, *[prefix] * len(spans)], prefix, kept
+
+
+def _page_tables(lengths: list[int], prefix: int) -> list[list[int]]:
+    """Cache pages for the segments of a training step, the whole pages of a prefix shared by all."""
+    tables: list[list[int]] = []
+    used = 0
+    for index, length in enumerate(lengths):
+        shared = tables[0][: prefix // kv.PAGE_TOKENS] if prefix and index else []
+        reach = length + (prefix if index else 0)
+        count = -(-reach // kv.PAGE_TOKENS) - len(shared)
+        tables.append([*shared, *range(used, used + count)])
+        used += count
+    return tables
 
 
 def _weighted(pack: Rows, begin: int, end: int) -> Int32:
