@@ -151,9 +151,11 @@ def engine(**changes: Any) -> _native.Engine:
     return _native.Engine(**(dimensions | rest | {"inv_freq": np.ones(8, np.float32)} | changes))
 
 
-def batch(*, starts: Any = (0, 3), positions: Any = (0,), page_starts: Any = (0, 1), pages: Any = (0,)) -> _native.Batch:
+def batch(
+    *, starts: Any = (0, 3), positions: Any = (0,), page_starts: Any = (0, 1), pages: Any = (0,), prefix: int = 0
+) -> _native.Batch:
     bounds, begins, page_bounds, table = (np.array(x, np.int32) for x in (starts, positions, page_starts, pages))
-    return _native.Batch(bounds, begins, page_bounds, table, [])
+    return _native.Batch(bounds, begins, page_bounds, table, [], prefix)
 
 
 def floats(*shape: int) -> np.ndarray:
@@ -187,6 +189,9 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: batch(page_starts=(-1, 1)), "page table too short"),
     (lambda: batch(pages=(-1,)), "negative page"),
     (lambda: batch(starts=(0, 3, 4)), "length"),
+    (lambda: batch(prefix=2), "with a prefix"),
+    (lambda: batch(prefix=-3), "with a prefix"),
+    (lambda: batch(starts=(0, 3, 4), positions=(0, 5), page_starts=(0, 1, 2), pages=(0, 1), prefix=3), "with a prefix"),
     (lambda: engine().embed(ids(0, 40), floats(2, 32)), "token 40"),
     (lambda: engine().embed(ids(-1), floats(1, 32)), "token -1"),
     (lambda: engine().embed(ids(0), floats(1, 31)), "x must be"),

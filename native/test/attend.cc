@@ -189,9 +189,10 @@ struct Gradients {
   std::vector<double> dq, dk, dv, dq_size, dk_size, dv_size;
   double error = 0;
 
-  Gradients(const Case& c, const Floats& d_out, double scale)
+  // Of the rows from `before` on.
+  Gradients(const Case& c, const Floats& d_out, double scale, int before)
       : dq(c.q.size()), dk(c.k.size()), dv(c.v.size()), dq_size(dq), dk_size(dk), dv_size(dv) {
-    for (int p = 0; p < c.count; p++)
+    for (int p = before; p < c.count; p++)
       for (int h = 0; h < c.heads; h++) row(c, d_out, scale, p, h);
     // a weight is known up to weight_error and the rounding of lse; every sum rounds once a term
     error = 2 * error + (3 * c.dim + c.count + c.heads * c.count + 32) * kRound;
@@ -234,27 +235,55 @@ void check_gradient(const char* name, const Floats& found, const std::vector<dou
           double(found[i]), exact[i], std::fabs(found[i] - exact[i]), error * size[i]);
 }
 
+// Query rows [before, count) against all keys, as a segment behind a shared prefix of `before` rows has them.
+void check_backward(const Shape& s, int before, uint64_t seed) {
+  const Case c(s.count, s.heads, s.dim, s.window, seed);
+  const Floats d_out = Random(seed + 50).floats(c.q.size());
+  const Gradients exact(c, d_out, 0.25, before);
+  for_levels([&](const Kernels& k) {
+    Floats out(c.q.size()), lse(size_t(s.count * (s.heads + 1)));
+    c.run(k, true, 0, s.count, out, lse);
+    Floats dq(c.q.size()), dk(size_t(round_up(s.count, 8) * s.dim)), dv(dk.size());
+    Floats scratch(size_t(attend_backward_scratch(s.count, s.heads, s.dim)), NAN);
+    const int own = before * c.stride;
+    AttendBackwardArgs a{};
+    a.q = c.q.data() + own;
+    a.out = out.data() + own;
+    a.d_out = d_out.data() + own;
+    a.k = c.k.data();
+    a.v = c.v.data();
+    a.lse = lse.data() + before * (s.heads + 1);
+    a.count = s.count - before;
+    a.before = before;
+    a.heads = s.heads;
+    a.dim = s.dim;
+    a.q_stride = c.stride;
+    a.lse_stride = s.heads + 1;
+    a.window = s.window;
+    a.scale = 0.25f;
+    a.dq = dq.data() + own;
+    a.dk = dk.data();
+    a.dv = dv.data();
+    a.scratch = scratch.data();
+    k.attend_backward(a);
+    check_gradient("dq", dq, exact.dq, exact.dq_size, exact.error);
+    check_gradient("dk", dk, exact.dk, exact.dk_size, exact.error);
+    check_gradient("dv", dv, exact.dv, exact.dv_size, exact.error);
+  });
+}
+
 TEST("attend: backward against a naive implementation in double") {
   uint64_t seed = 130;
   for (const Shape& s : {Shape{1, 1, 16, 0}, Shape{4, 3, 16, 0}, Shape{15, 2, 48, 0}, Shape{33, 16, 16, 0}, Shape{70, 3, 32, 0},
-                         Shape{70, 3, 16, 5}, Shape{37, 2, 16, 1}}) {
-    const Case c(s.count, s.heads, s.dim, s.window, ++seed);
-    const Floats d_out = Random(seed + 50).floats(c.q.size());
-    const Gradients exact(c, d_out, 0.25);
-    for_levels([&](const Kernels& k) {
-      Floats out(c.q.size()), lse(size_t(s.count * (s.heads + 1)));
-      c.run(k, true, 0, s.count, out, lse);
-      // the kernel writes keys eight at a time
-      Floats dq(c.q.size()), dk(size_t(round_up(s.count, 8) * s.dim)), dv(dk.size());
-      Floats scratch(size_t(attend_backward_scratch(s.count, s.heads, s.dim)), NAN);
-      AttendBackwardArgs a{c.q.data(), out.data(), d_out.data(), c.k.data(), c.v.data(),    lse.data(),
-                           s.count,    s.heads,    s.dim,        c.stride,   s.heads + 1,   s.window,
-                           0.25f,      dq.data(),  dk.data(),    dv.data(),  scratch.data()};
-      k.attend_backward(a);
-      check_gradient("dq", dq, exact.dq, exact.dq_size, exact.error);
-      check_gradient("dk", dk, exact.dk, exact.dk_size, exact.error);
-      check_gradient("dv", dv, exact.dv, exact.dv_size, exact.error);
-    });
+                         Shape{70, 3, 16, 5}, Shape{37, 2, 16, 1}})
+    check_backward(s, 0, ++seed);
+}
+
+TEST("attend: backward of the rows behind a shared prefix") {
+  uint64_t seed = 150;
+  for (int before : {1, 7, 16, 63, 64, 65}) {
+    check_backward({70, 3, 16, 0}, before, ++seed);
+    check_backward({70, 2, 32, 9}, before, ++seed);
   }
 }
 

@@ -92,12 +92,14 @@ struct Adapter {
   }
 };
 
-Batch batch_of(const std::vector<int>& lengths, const LoraSet* lora) {
+// With a prefix, the first segment is the beginning of the others: they start behind it and share its whole pages.
+Batch batch_of(const std::vector<int>& lengths, const LoraSet* lora, int prefix = 0) {
   Batch b;
+  b.prefix = prefix;
   b.page_tables.resize(lengths.size() * 4);
-  for (size_t i = 0; i < b.page_tables.size(); i++) b.page_tables[i] = int32_t(i);
+  for (size_t i = 0; i < b.page_tables.size(); i++) b.page_tables[i] = int32_t(int(i % 4) < prefix / kPageTokens ? i % 4 : i);
   for (size_t i = 0; i < lengths.size(); i++) {
-    b.segments.push_back({b.rows, lengths[i], 0, b.page_tables.data() + 4 * i, lora});
+    b.segments.push_back({b.rows, lengths[i], i ? prefix : 0, b.page_tables.data() + 4 * i, lora});
     b.rows += lengths[i];
   }
   return b;
@@ -162,9 +164,10 @@ Step train(Model& model, Adapter& adapter, Mode mode, const Batch& batch, const 
   return step;
 }
 
-Step fresh_step(Model& model, Mode mode, int rank, int trained, const std::vector<int>& lengths, const std::vector<char>& keep) {
+Step fresh_step(Model& model, Mode mode, int rank, int trained, const std::vector<int>& lengths, const std::vector<char>& keep,
+                int prefix = 0) {
   Adapter adapter(model, rank, trained);
-  return train(model, adapter, mode, batch_of(lengths, &adapter.set), keep);
+  return train(model, adapter, mode, batch_of(lengths, &adapter.set, prefix), keep);
 }
 
 bool all_finite(const Floats& x) {
@@ -175,8 +178,8 @@ bool all_finite(const Floats& x) {
 
 const std::vector<int> kLengths = {20, 1, 37};
 
-void check_kept_and_again(Model& model, Mode mode) {
-  const Step whole = fresh_step(model, mode, 5, 5, kLengths, {1, 1, 1});
+void check_kept_and_again(Model& model, Mode mode, const std::vector<int>& lengths, int prefix) {
+  const Step whole = fresh_step(model, mode, 5, 5, lengths, {1, 1, 1}, prefix);
   CHECK(all_finite(whole.gradients) && all_finite(whole.logp), "mode %d: a gradient is not finite", int(mode));
   double size = 0;
   for (float g : whole.gradients) size += std::fabs(g);
@@ -184,7 +187,7 @@ void check_kept_and_again(Model& model, Mode mode) {
   for (int count : {1, 3})
     for (const std::vector<char>& keep : {std::vector<char>{0, 0, 0}, {0, 1, 1}, {1, 0, 1}}) {
       const Threads set(count);
-      const Step step = fresh_step(model, mode, 5, 5, kLengths, keep);
+      const Step step = fresh_step(model, mode, 5, 5, lengths, keep, prefix);
       CHECK(same_bits(step.logp, whole.logp), "mode %d, %d threads: other log-probabilities", int(mode), count);
       CHECK(same_bits(step.gradients, whole.gradients), "mode %d, %d threads: other gradients", int(mode), count);
       CHECK(same_bits(step.dx, whole.dx), "mode %d, %d threads: other dx", int(mode), count);
@@ -194,8 +197,13 @@ void check_kept_and_again(Model& model, Mode mode) {
 TEST("tape: layers that are kept and layers that are run again give the same bits, on any number of threads") {
   for (Format format : {Format::Q4_1, Format::F16}) {
     Model model(format);
-    for (Mode mode : {Mode::bf16, Mode::f32}) check_kept_and_again(model, mode);
+    for (Mode mode : {Mode::bf16, Mode::f32}) check_kept_and_again(model, mode, kLengths, 0);
   }
+}
+
+TEST("tape: so do segments that share a prefix, within a page and over its border") {
+  Model model(Format::Q8_0);
+  for (int prefix : {10, 64, 70}) check_kept_and_again(model, Mode::bf16, {prefix, 9, 1, 20}, prefix);
 }
 
 TEST("tape: an engine whose scratch memory has seen other shapes gives the same bits") {
