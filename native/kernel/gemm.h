@@ -25,14 +25,20 @@ inline typename V::I exact_dot(const typename V::B* w, const int8_t* x, int firs
 
 // M rows x W lanes. Integer dots are exact; each lane adds its 32-column blocks in order.
 template <class V, class Q, int M, int D>
-inline void i8_tile(const uint8_t* planes, const uint8_t* scales, int lane, int tiles, const int8_t* q, const ActBlock* blocks,
-                    float* y, int ldy, bool add) {
+inline void i8_tile(const uint8_t* planes, const uint8_t* scales, size_t strip_bytes, int lane, int tiles, const int8_t* q,
+                    const ActBlock* blocks, float* y, int ldy, bool add) {
   using F = typename V::F;
   F acc[M];
   for (int m = 0; m < M; m++) acc[m] = V::zero();
   for (int t = 0; t < tiles; t++) {
     typename V::B w[8];
-    Q::template unpack<V>(planes + size_t(t) * Q::plane_bytes, lane, w);
+    const uint8_t* plane = planes + size_t(t) * Q::plane_bytes;
+    if constexpr (M <= 2) {
+      // Few rows wait for memory, and the hardware's prefetcher starts anew at every 4 KB page: ask two strips ahead.
+      for (int line = 0; line < Q::plane_bytes; line += 64) __builtin_prefetch(plane + 2 * strip_bytes + line, 0, 2);
+      if (t % 2 == 0) __builtin_prefetch(scales + 2 * strip_bytes + 32 * t, 0, 2);
+    }
+    Q::template unpack<V>(plane, lane, w);
     const F scale0 = Q::template scale<V>(scales, t, 0, lane);
     F scale1 = scale0, minimum = scale0;
     if constexpr (Q::groups == 2) scale1 = Q::template scale<V>(scales, t, 1, lane);
@@ -63,8 +69,8 @@ inline void i8_strip(const Matrix& w, int strip, const int8_t* q, const ActBlock
   const int tiles = w.tiles();
   for (int lane = 0; lane < kStripRows; lane += V::W) {
     auto run = [&]<int M>(int m) {
-      i8_tile<V, Q, M, D>(planes, scales, lane, tiles, q + size_t(m) * tiles * kTileCols * D, blocks + size_t(m) * tiles,
-                          y + size_t(m) * ldy + strip * kStripRows + lane, ldy, add);
+      i8_tile<V, Q, M, D>(planes, scales, w.strip_bytes, lane, tiles, q + size_t(m) * tiles * kTileCols * D,
+                          blocks + size_t(m) * tiles, y + size_t(m) * ldy + strip * kStripRows + lane, ldy, add);
     };
     int m = 0;
     for (; m + V::kIntRows <= rows; m += V::kIntRows) run.template operator()<V::kIntRows>(m);
