@@ -42,7 +42,8 @@ def gguf_bytes(kind: Kind, rows: int, cols: int, seed: int) -> np.ndarray:
 
 def decoded(kind: Kind, raw: np.ndarray, rows: int, cols: int) -> np.ndarray:
     block, size = gguf.GGML_QUANT_SIZES[kind]
-    return np.asarray(gguf.quants.dequantize(raw.reshape(rows, cols // block * size), kind), np.float32).reshape(rows, cols)
+    values: np.ndarray = gguf.quants.dequantize(raw.reshape(rows, cols // block * size), kind)
+    return values.reshape(rows, cols).astype(np.float32)
 
 
 def packed(kind: Kind, raw: np.ndarray, rows: int, cols: int) -> np.ndarray:
