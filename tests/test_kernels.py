@@ -69,7 +69,8 @@ def quantized_rows(x: np.ndarray, digits: int) -> np.ndarray:
     peak = np.abs(blocks).max(-1, keepdims=True).astype(np.float32)
     inverse = np.where(peak > 0, largest / np.where(peak > 0, peak, 1), np.float32(0))
     codes = np.rint((blocks * inverse).astype(np.float32))
-    return (codes.astype(np.float64) * (peak / largest).astype(np.float64)).reshape(x.shape)
+    seen: np.ndarray = codes.astype(np.float64) * (peak / largest).astype(np.float64)
+    return seen.reshape(x.shape)
 
 
 @pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
