@@ -89,5 +89,49 @@ inline uint8_t k_min(const uint8_t* packed, int j) {
   return j < 4 ? packed[j + 4] & 63 : uint8_t((packed[j + 4] >> 4) | ((packed[j] >> 6) << 4));
 }
 
+// Scale section of the 32-column formats: fp16 d[16] a tile, behind it fp16 m[16] where there are mins.
+template <int Bytes>
+struct HalfScales {
+  static constexpr int scale_bytes = Bytes;
+
+  template <class V>
+  static typename V::F scale(const uint8_t* scales, int tile, int, int lane) {
+    return V::from_f16(reinterpret_cast<const uint16_t*>(scales + size_t(Bytes) * tile) + lane);
+  }
+
+  template <class V>
+  static typename V::F min(const uint8_t* scales, int tile, int lane) {
+    return V::from_f16(reinterpret_cast<const uint16_t*>(scales + size_t(Bytes) * tile + 32) + lane);
+  }
+};
+
+// Scale section of Q4_K and Q5_K, a superblock: fp16 d[16] | fp16 dmin[16] | u8 scale[8][16] | u8 min[8][16]. The 6-bit scales
+// and mins are widened, which adds 2.8 % to the size of Q4_K.
+struct SixBitScales {
+  static constexpr int scale_bytes = 32 + 32 + 128 + 128;
+
+  // block: 0 fp16 d | 2 fp16 dmin | 4 six-bit scales and mins[12]
+  static void pack_scales(const uint8_t* block, int row, int tile, uint8_t* scales) {
+    copy_half(block, row, scales);
+    copy_half(block + 2, row, scales + 32);
+    scales[64 + 16 * tile + row] = k_scale(block + 4, tile);
+    scales[192 + 16 * tile + row] = k_min(block + 4, tile);
+  }
+
+  template <class V>
+  static typename V::F scale(const uint8_t* scales, int tile, int, int lane) {
+    const uint8_t* block = scales + size_t(scale_bytes) * (tile / 8);
+    const typename V::F d = V::from_f16(reinterpret_cast<const uint16_t*>(block) + lane);
+    return V::mul(d, V::from_u8(block + 64 + 16 * (tile % 8) + lane));
+  }
+
+  template <class V>
+  static typename V::F min(const uint8_t* scales, int tile, int lane) {
+    const uint8_t* block = scales + size_t(scale_bytes) * (tile / 8);
+    const typename V::F d = V::from_f16(reinterpret_cast<const uint16_t*>(block + 32) + lane);
+    return V::sub(V::zero(), V::mul(d, V::from_u8(block + 192 + 16 * (tile % 8) + lane)));
+  }
+};
+
 }  // namespace
 }  // namespace nomoat

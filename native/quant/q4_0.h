@@ -7,10 +7,10 @@
 namespace nomoat {
 namespace {
 
-struct Q4_0 {
+struct Q4_0 : HalfScales<32> {
   static constexpr Format id = Format::Q4_0;
   static constexpr bool integer = true, has_min = false;
-  static constexpr int block_cols = 32, block_bytes = 18, plane_bytes = 256, scale_bytes = 32;
+  static constexpr int block_cols = 32, block_bytes = 18, plane_bytes = 256;
   static constexpr int zero = 8, groups = 1;  // value = scale * (code - zero)
 
   static void pack(const uint8_t* block, int row, int, uint8_t* plane, uint8_t* scales) {
@@ -23,11 +23,6 @@ struct Q4_0 {
   template <class V>
   static void unpack(const uint8_t* plane, int lane, typename V::B* w) {
     unpack_nibbles<V>(plane, lane, w);
-  }
-
-  template <class V>
-  static typename V::F scale(const uint8_t* scales, int tile, int, int lane) {
-    return V::from_f16(reinterpret_cast<const uint16_t*>(scales + scale_bytes * tile) + lane);
   }
 };
 

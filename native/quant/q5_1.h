@@ -7,10 +7,10 @@
 namespace nomoat {
 namespace {
 
-struct Q5_1 {
+struct Q5_1 : HalfScales<64> {
   static constexpr Format id = Format::Q5_1;
   static constexpr bool integer = true, has_min = true;
-  static constexpr int block_cols = 32, block_bytes = 24, plane_bytes = 256 + 64, scale_bytes = 64;
+  static constexpr int block_cols = 32, block_bytes = 24, plane_bytes = 256 + 64;
   static constexpr int zero = 0, groups = 1;  // value = scale * (code - zero) + min
 
   static void pack(const uint8_t* block, int row, int, uint8_t* plane, uint8_t* scales) {
@@ -27,16 +27,6 @@ struct Q5_1 {
   static void unpack(const uint8_t* plane, int lane, typename V::B* w) {
     unpack_nibbles<V>(plane, lane, w);
     add_fifth_bits<V>(plane + 256, lane, w);
-  }
-
-  template <class V>
-  static typename V::F scale(const uint8_t* scales, int tile, int, int lane) {
-    return V::from_f16(reinterpret_cast<const uint16_t*>(scales + scale_bytes * tile) + lane);
-  }
-
-  template <class V>
-  static typename V::F min(const uint8_t* scales, int tile, int lane) {
-    return V::from_f16(reinterpret_cast<const uint16_t*>(scales + scale_bytes * tile + 32) + lane);
   }
 };
 

@@ -1,7 +1,8 @@
 #pragma once
-// Q5_K, 176 bytes for 256 columns: 0 fp16 d | 2 fp16 dmin | 4 six-bit scales and mins[12] | 16 fifth bits[32]: bit t of byte j =
-// column 32t+j | 48 nibbles[128] as in Q4_K w = d * scale[c / 32] * q - dmin * min[c / 32]. Scale section a superblock: fp16
-// d[16] | fp16 dmin[16] | u8 scale[8][16] | u8 min[8][16] (6 bits widened: +2.8 % of the file).
+// Q5_K, 176 bytes for 256 columns: 0 fp16 d | 2 fp16 dmin | 4 six-bit scales and mins[12] |
+// 16 fifth bits[32]: bit t of byte j = column 32t+j | 48 nibbles[128] as in Q4_K.
+//
+// w = d * scale[c / 32] * q - dmin * min[c / 32]
 
 #include "quant/format.h"
 #include "quant/planes.h"
@@ -9,10 +10,10 @@
 namespace nomoat {
 namespace {
 
-struct Q5_K {
+struct Q5_K : SixBitScales {
   static constexpr Format id = Format::Q5_K;
   static constexpr bool integer = true, has_min = true;
-  static constexpr int block_cols = 256, block_bytes = 176, plane_bytes = 256 + 64, scale_bytes = 32 + 32 + 128 + 128;
+  static constexpr int block_cols = 256, block_bytes = 176, plane_bytes = 256 + 64;
   static constexpr int zero = 0, groups = 1;
 
   static void pack(const uint8_t* block, int row, int tile, uint8_t* plane, uint8_t* scales) {
@@ -22,30 +23,13 @@ struct Q5_K {
       codes[j] = uint8_t((tile % 2 ? bytes[j] >> 4 : bytes[j] & 15) | ((block[16 + j] >> tile) & 1) << 4);
     pack_nibbles(codes, row, plane);
     pack_fifth_bits(codes, row, plane + 256);
-    copy_half(block, row, scales);
-    copy_half(block + 2, row, scales + 32);
-    scales[64 + 16 * tile + row] = k_scale(block + 4, tile);
-    scales[192 + 16 * tile + row] = k_min(block + 4, tile);
+    pack_scales(block, row, tile, scales);
   }
 
   template <class V>
   static void unpack(const uint8_t* plane, int lane, typename V::B* w) {
     unpack_nibbles<V>(plane, lane, w);
     add_fifth_bits<V>(plane + 256, lane, w);
-  }
-
-  template <class V>
-  static typename V::F scale(const uint8_t* scales, int tile, int, int lane) {
-    const uint8_t* block = scales + size_t(scale_bytes) * (tile / 8);
-    const typename V::F d = V::from_f16(reinterpret_cast<const uint16_t*>(block) + lane);
-    return V::mul(d, V::from_u8(block + 64 + 16 * (tile % 8) + lane));
-  }
-
-  template <class V>
-  static typename V::F min(const uint8_t* scales, int tile, int lane) {
-    const uint8_t* block = scales + size_t(scale_bytes) * (tile / 8);
-    const typename V::F d = V::from_f16(reinterpret_cast<const uint16_t*>(block + 32) + lane);
-    return V::sub(V::zero(), V::mul(d, V::from_u8(block + 192 + 16 * (tile % 8) + lane)));
   }
 };
 

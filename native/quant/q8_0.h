@@ -7,10 +7,10 @@
 namespace nomoat {
 namespace {
 
-struct Q8_0 {
+struct Q8_0 : HalfScales<32> {
   static constexpr Format id = Format::Q8_0;
   static constexpr bool integer = true, has_min = false;
-  static constexpr int block_cols = 32, block_bytes = 34, plane_bytes = 512, scale_bytes = 32;
+  static constexpr int block_cols = 32, block_bytes = 34, plane_bytes = 512;
   static constexpr int zero = 128, groups = 1;  // value = scale * (code - zero)
 
   static void pack(const uint8_t* block, int row, int, uint8_t* plane, uint8_t* scales) {
@@ -21,11 +21,6 @@ struct Q8_0 {
   template <class V>
   static void unpack(const uint8_t* plane, int lane, typename V::B* w) {
     for (int g = 0; g < 8; g++) w[g] = V::bytes(plane + 64 * g + 4 * lane);
-  }
-
-  template <class V>
-  static typename V::F scale(const uint8_t* scales, int tile, int, int lane) {
-    return V::from_f16(reinterpret_cast<const uint16_t*>(scales + scale_bytes * tile) + lane);
   }
 };
 
