@@ -161,7 +161,8 @@ def toy_trainer(model: ToyModel | None = None, *, options: dict[str, Any] | None
 def run(folder: Path, output: Path, events: Connection) -> None:
     """One attempt at the whole run, going on from the newest checkpoint; tells of every event. Meant to be killed."""
     checkpoints = Checkpoints(folder, {"run": "toy"})
-    trainer = toy_trainer(checkpoints=checkpoints, report=lambda event: events.send(event["event"]))
+    # long enough that twenty kills land before the end on any machine
+    trainer = toy_trainer(steps=400, checkpoints=checkpoints, report=lambda event: events.send(event["event"]))
     checkpoint = checkpoints.latest()
     if checkpoint is not None:
         trainer.restore(checkpoint)
