@@ -48,6 +48,7 @@ TASKS = {
 def learn(name: str, shared: Path, train_rows: int | None, test_rows: int | None) -> dict[str, Any]:
     """Train and score one set in this process."""
     from bench.datasets import load
+    from bench.machine import commit, cpu
 
     import nomoat
     from nomoat import _native, settings
@@ -106,21 +107,6 @@ def show(event: dict[str, Any]) -> None:
         )
     elif kind in ("before", "after", "validation"):
         print(f"  {kind}: {event.get('text') or event.get('loss')}", file=sys.stderr, flush=True)
-
-
-def cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        import platform
-
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
 
 
 def page(results: dict[str, dict[str, Any]]) -> str:

@@ -13,7 +13,6 @@ import json
 import mmap
 import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -236,12 +235,3 @@ def _padded_norm(weight: npt.NDArray[Any], cols: int) -> U8:
     out = np.zeros(-(-cols // 32) * 32, np.float32)
     out[:cols] = weight.reshape(-1)
     return out.view(np.uint8)
-
-
-def sweep_cache(keep: int = 8) -> None:
-    """Removes the least recently used packs beyond `keep`."""
-    folder = settings.cache_dir() / "packed"
-    with suppress(OSError):
-        packs = sorted(folder.glob("*.pack"), key=lambda pack: pack.stat().st_atime, reverse=True)
-        for pack in packs[keep:]:
-            pack.unlink(missing_ok=True)
