@@ -11,7 +11,7 @@ Shapes: T tokens, D width, H heads, K key/value heads, d head dimension, F MLP w
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -101,7 +101,7 @@ def segments(starts: Ints) -> tuple[Array, Array]:
 
 
 class Reference:
-    """A model in float64. `weights` by engine name, in the row order that `spec.rope` says."""
+    """A model in float64. `weights` by engine name, in the row order that `spec.ropes` says."""
 
     def __init__(self, spec: ModelSpec, weights: Mapping[str, Array], dtype: npt.DTypeLike = np.float64) -> None:
         self.spec = spec
@@ -124,7 +124,7 @@ class Reference:
 
             h = rmsnorm(x, w[f"blk.{i}.attn_norm"], spec.norm_eps)
             q, k, v = (split_heads(apply(h, target), spec.head_dim) for target in "qkv")
-            mixed = attention(rope(q, position, spec.rope), rope(k, position, spec.rope), v, allowed)
+            mixed = attention(rope(q, position, spec.ropes[0]), rope(k, position, spec.ropes[0]), v, allowed)
             x = x + apply(mixed.reshape(*mixed.shape[:-2], -1), "o")
             h = rmsnorm(x, w[f"blk.{i}.mlp_norm"], spec.norm_eps)
             x = x + apply(swiglu(apply(h, "gate"), apply(h, "up")), "down")
@@ -222,9 +222,9 @@ def random_lora(
     """An adapter with nothing zero, so that every gradient is: A as large as a weight, B a tenth of that. float32 values."""
     rng = np.random.default_rng(seed)
     found = {}
-    for layer in range(spec.layers):
-        for target in targets:
-            n, k = spec.linear_shape(target)
+    for layer, target in spec.places():
+        if target in targets:
+            n, k = spec.linear_shape(target, layer)
             a = (rng.standard_normal((rank, k)) / np.sqrt(k)).astype(np.float32)
             b = (0.1 * rng.standard_normal((n, rank))).astype(np.float32)
             found[layer, target] = (a.astype(np.float64), b.astype(np.float64), scale)
@@ -238,15 +238,16 @@ def weights_from_gguf(path: Path) -> tuple[ModelSpec, dict[str, Array]]:
 
     with open_gguf(path) as file:
         spec = spec_from_gguf(file)
-        weights = {}
-        for engine, source in spec.tensors.items():
-            info = file.tensors[source]
-            rows = np.array(file.data(source)).reshape(*info.shape[:-1], -1)
+
+        def read(name: str) -> Array:
+            info = file.tensors[name]
+            rows = np.array(file.data(name)).reshape(*info.shape[:-1], -1)
             kind = GGMLQuantizationType[info.type.name]
             plain = {"F32": "<f4", "F16": "<f2"}.get(kind.name)
             values = rows.view(plain) if plain else dequantize(rows, kind)
-            weights[engine] = np.asarray(values, np.float32).reshape(info.shape)
-    return spec, weights
+            return np.asarray(values, np.float32).reshape(info.shape)
+
+        return spec, gathered(spec, read)
 
 
 def weights_from_hf(folder: Path) -> tuple[ModelSpec, dict[str, Array]]:
@@ -256,13 +257,26 @@ def weights_from_hf(folder: Path) -> tuple[ModelSpec, dict[str, Array]]:
     slots = json.loads(raw[8 : 8 + size])
     slots.pop("__metadata__", None)
     spec = spec_from_hf(read_config(folder), slots.keys(), name=folder.name)
-    weights = {}
-    for engine, source in spec.tensors.items():
-        begin, end = slots[source]["data_offsets"]
+
+    def read(name: str) -> Array:
+        begin, end = slots[name]["data_offsets"]
         data = raw[8 + size + begin : 8 + size + end]
-        if slots[source]["dtype"] == "BF16":
+        if slots[name]["dtype"] == "BF16":
             values = (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
         else:
-            values = np.frombuffer(data, {"F32": "<f4", "F16": "<f2"}[slots[source]["dtype"]]).astype(np.float32)
-        weights[engine] = values.reshape(slots[source]["shape"])
-    return spec, weights
+            values = np.frombuffer(data, {"F32": "<f4", "F16": "<f2"}[slots[name]["dtype"]]).astype(np.float32)
+        return values.reshape(slots[name]["shape"])
+
+    return spec, gathered(spec, read)
+
+
+def gathered(spec: ModelSpec, read: Callable[[str], Array]) -> dict[str, Array]:
+    """Every weight in its shape, out of whole tensors, of rows of one, or of several (`Source`)."""
+    weights = {}
+    for engine, source in spec.tensors.items():
+        shape, parts = spec.tensor_shape(engine), [read(name) for name in source.names]
+        values = parts[0] if len(parts) == 1 else np.stack(parts)
+        if source.rows is not None:
+            values = values[source.first : source.first + source.rows]
+        weights[engine] = values.reshape(shape) + np.float32(source.add)
+    return weights

@@ -10,7 +10,7 @@ import pytest
 
 from nomoat.hub import fit
 from nomoat.hub.fit import Machine, estimate
-from nomoat.models.spec import ModelSpec, RopeSpec
+from nomoat.models.spec import LayerSpec, ModelSpec, RopeSpec
 
 MACHINE = Machine(
     memory=16 * 10**9,
@@ -22,27 +22,24 @@ MACHINE = Machine(
 )
 
 
-def spec(**change: int) -> ModelSpec:
+def spec(**change: object) -> ModelSpec:
     """The dimensions of SmolLM2-135M."""
     smollm2 = ModelSpec(
         architecture="llama",
         name="smollm2",
-        layers=30,
         width=576,
-        heads=9,
-        kv_heads=3,
         head_dim=64,
-        ffn=1536,
         vocab=49152,
         context=8192,
         norm_eps=1e-5,
-        rope=RopeSpec(64, True, np.ones(32, np.float32)),
         tied_head=True,
+        blocks=(LayerSpec(9, 3, 1536),) * 30,
+        ropes=(RopeSpec(64, True, np.ones(32, np.float32)),),
     )
     return dataclasses.replace(smollm2, **change)  # type: ignore[arg-type]
 
 
-BIG = spec(layers=32, width=4096, heads=32, kv_heads=8, head_dim=128, ffn=14336, vocab=128256)
+BIG = spec(blocks=(LayerSpec(32, 8, 14336),) * 32, width=4096, head_dim=128, vocab=128256)
 
 
 def test_figures_that_can_be_counted_by_hand() -> None:
@@ -58,7 +55,9 @@ def test_recomputing_keeps_one_layer_and_the_inputs_of_the_others() -> None:
     one = whole // 30
     assert whole == 30 * one
     assert least == one + 29 * 4 * 576
-    assert fit.activation_bytes_per_token(spec(layers=1)) == fit.activation_bytes_per_token(spec(layers=1), recompute=True)
+    assert fit.activation_bytes_per_token(spec(blocks=(LayerSpec(9, 3, 1536),))) == fit.activation_bytes_per_token(
+        spec(blocks=(LayerSpec(9, 3, 1536),)), recompute=True
+    )
 
 
 def test_training_work_is_four_flops_a_weight() -> None:

@@ -51,8 +51,8 @@ def test_smollm2(smollm2: Path) -> None:
     assert spec.tied_head
     assert spec.notes == ()
     assert spec.norm_eps == pytest.approx(1e-5)
-    assert spec.rope.interleaved
-    assert spec.rope.inv_freq[[0, -1]] == pytest.approx([1.0, 100000 ** (-62 / 64)])
+    assert spec.ropes[0].interleaved
+    assert spec.ropes[0].inv_freq[[0, -1]] == pytest.approx([1.0, 100000 ** (-62 / 64)])
     assert len(spec.tensors) == 272
 
 
@@ -102,10 +102,10 @@ def test_both_sources_agree(tmp_path: Path) -> None:
         for field in ("layers", "width", "heads", "kv_heads", "head_dim", "ffn", "vocab", "context", "tied_head"):
             assert getattr(gguf, field) == getattr(hf, field), field
         assert gguf.norm_eps == pytest.approx(hf.norm_eps, rel=1e-7)
-        assert gguf.rope.interleaved != hf.rope.interleaved
+        assert gguf.ropes[0].interleaved != hf.ropes[0].interleaved
         assert gguf.tensors.keys() == hf.tensors.keys() == tiny_weights(TinyShape(**dimensions)).keys()
-        assert all(source_name(engine, hf=True) == source for engine, source in hf.tensors.items())
-        assert all(source_name(engine, hf=False) == source for engine, source in gguf.tensors.items())
+        assert all(source_name(engine, hf=True) == source.names[0] for engine, source in hf.tensors.items())
+        assert all(source_name(engine, hf=False) == source.names[0] for engine, source in gguf.tensors.items())
 
 
 def test_tables() -> None:
@@ -369,7 +369,7 @@ def test_defaults_of_transformers(tmp_path: Path) -> None:
     folder = tiny_hf(tmp_path / "hf", config=dict.fromkeys(left_out), **ONE)
     spec = spec_from_hf(read_config(folder), hf_names(1, tied=False), name="hf")
     assert (spec.kv_heads, spec.norm_eps, spec.tied_head) == (4, 1e-6, False)
-    assert spec.rope.inv_freq[1] == pytest.approx(10000 ** (-2 / 8))
+    assert spec.ropes[0].inv_freq[1] == pytest.approx(10000 ** (-2 / 8))
 
 
 @pytest.mark.parametrize(

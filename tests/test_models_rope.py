@@ -23,7 +23,7 @@ RELATIVE = 4 * float(np.finfo(np.float32).eps)
 
 def hf_frequencies(folder: Path) -> np.ndarray:
     names = [*HF_TOP.values(), *(name.format(i=i) for i in range(3) for name in HF_LAYER.values())]
-    return spec_from_hf(read_config(folder), names).rope.inv_freq
+    return spec_from_hf(read_config(folder), names).ropes[0].inv_freq
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -57,9 +57,9 @@ def test_gguf_factor_zero_and_none_mean_unscaled(tmp_path: Path) -> None:
     ]
     for keys in cases:
         with open_gguf(tiny_llama(tmp_path / "model.gguf", metadata=keys)) as file:
-            np.testing.assert_array_equal(spec_from_gguf(file).rope.inv_freq, plain)
+            np.testing.assert_array_equal(spec_from_gguf(file).ropes[0].inv_freq, plain)
     with open_gguf(tiny_llama(tmp_path / "model.gguf", metadata={"llama.rope.scale_linear": 4.0})) as file:
-        np.testing.assert_array_equal(spec_from_gguf(file).rope.inv_freq, plain / 4)
+        np.testing.assert_array_equal(spec_from_gguf(file).ropes[0].inv_freq, plain / 4)
 
 
 @pytest.mark.parametrize(

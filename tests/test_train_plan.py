@@ -9,6 +9,7 @@ import pytest
 
 from nomoat.errors import InputError, ResourceError
 from nomoat.hub.fit import Machine
+from nomoat.models.spec import LayerSpec
 from nomoat.train.plan import TrainOptions, check_resources, default_learning_rate, make_plan
 from toy import toy_spec
 
@@ -95,5 +96,5 @@ def test_too_little_memory_or_disk_is_refused_with_numbers() -> None:
 
 def test_learning_rate_falls_with_size() -> None:
     small = toy_spec()
-    large = replace(small, layers=32, width=4096, heads=32, kv_heads=8, head_dim=128, ffn=14336, vocab=128_256)
+    large = replace(small, blocks=(LayerSpec(32, 8, 14336),) * 32, width=4096, head_dim=128, vocab=128_256)
     assert default_learning_rate(small) > default_learning_rate(large) > 0

@@ -13,7 +13,7 @@ from nomoat.data.mask import Example
 from nomoat.data.pack import Pack, batches, pack
 from nomoat.engine.stack import Adapter, Float32, Stack
 from nomoat.errors import NonFiniteError
-from nomoat.models.spec import TARGETS, ModelSpec, RopeSpec
+from nomoat.models.spec import TARGETS, LayerSpec, ModelSpec, RopeSpec
 from nomoat.train.checkpoint import Checkpoints
 from nomoat.train.loop import Trainer
 from nomoat.train.plan import TrainOptions
@@ -23,17 +23,14 @@ def toy_spec(layers: int = 2) -> ModelSpec:
     return ModelSpec(
         architecture="llama",
         name="toy",
-        layers=layers,
         width=12,
-        heads=3,
-        kv_heads=1,
         head_dim=4,
-        ffn=20,
         vocab=32,
         context=64,
         norm_eps=1e-5,
-        rope=RopeSpec(dim=4, interleaved=True, inv_freq=np.ones(2, np.float32)),
         tied_head=True,
+        blocks=(LayerSpec(heads=3, kv_heads=1, ffn=20),) * layers,
+        ropes=(RopeSpec(dim=4, interleaved=True, inv_freq=np.ones(2, np.float32)),),
     )
 
 

@@ -100,8 +100,25 @@ struct Tape {
 };
 
 struct Layer {
+  int heads = 0, kv_heads = 0, ffn = 0;
+  int window = 0;   // keys that a row sees; 0 = all
+  int rope = 0;     // which of the engine's rotations; -1 = none
+  int experts = 0;  // 0 = one dense MLP
+  // With experts, gate, up and down hold all of them, one below the other: [experts * N][K].
   std::array<Matrix, kTargets> w;
-  const float *attn_norm = nullptr, *mlp_norm = nullptr;
+  Matrix router;                              // [experts][D]
+  std::array<const float*, kTargets> bias{};  // null = none
+  const float *attn_norm = nullptr, *attn_norm_bias = nullptr, *attn_post_norm = nullptr;
+  const float *mlp_norm = nullptr, *mlp_norm_bias = nullptr, *mlp_post_norm = nullptr;
+  const float *q_norm = nullptr, *k_norm = nullptr;
+
+  // One expert's weight as a matrix of its own: its rows are a multiple of a strip's.
+  Matrix expert(Target target, int index) const {
+    Matrix one = w[target];
+    one.rows /= experts;
+    one.data += size_t(index) * size_t(one.rows / kStripRows) * one.strip_bytes;
+    return one;
+  }
 };
 
 struct Engine {

@@ -90,9 +90,10 @@ def load_adapter(path: Path | str, spec: ModelSpec, *, base: Mapping[str, Any] |
     with open_safetensors(folder / WEIGHTS) as file:
         for name, slot in file.tensors.items():  # names and shapes before any byte of the weights is read
             (layer, target), side = place_of(name, modules)
-            rows, columns = spec.linear_shape(target)
+            known = layer < spec.layers and target in spec.targets(layer)
+            rows, columns = spec.linear_shape(target, layer if known else 0)
             fits = len(slot.shape) == 2 and 1 <= slot.shape[0 if side == "A" else 1] <= MAX_RANK
-            if layer >= spec.layers or not fits or slot.shape[1 if side == "A" else 0] != (columns if side == "A" else rows):
+            if not known or not fits or slot.shape[1 if side == "A" else 0] != (columns if side == "A" else rows):
                 raise AdapterError(
                     f"tensor {printable(name)} is {list(slot.shape)}; the base model {printable(spec.name)} has {spec.layers} "
                     f"layers, and its weight there is [{rows}, {columns}]. Is this adapter for another model?",

@@ -46,7 +46,7 @@ class TrainableLora:
         seed: int = 0,
         base: Stack | None = None,
     ) -> None:
-        smallest = min(min(spec.linear_shape(target)) for target in TARGETS)
+        smallest = min(min(spec.linear_shape(target, layer)) for layer, target in spec.places())
         if not 1 <= rank <= smallest:
             raise InputError(f"rank {rank}; expected 1 to {smallest}, the smallest side of a linear here", code="E_LIMIT")
         if not targets or set(targets) - set(TARGETS):
@@ -60,9 +60,8 @@ class TrainableLora:
         self.native = _native.LoraSet(spec.layers)
         self._places: list[Place] = []
         self._arrays: list[Float32] = []  # keeps what the native table points to alive
-        for layer in range(spec.layers):
-            for target in TARGETS:
-                self._add(layer, target, seed)
+        for layer, target in spec.places():
+            self._add(layer, target, seed)
 
     def _add(self, layer: int, target: str, seed: int) -> None:
         frozen = self.base.linears.get((layer, target)) if self.base else None
@@ -70,7 +69,7 @@ class TrainableLora:
             if frozen is not None:
                 self.native.set(layer, TARGETS.index(target), frozen.a, frozen.bt, frozen.scale)
             return
-        rows, cols = self.spec.linear_shape(target)
+        rows, cols = self.spec.linear_shape(target, layer)
         beneath = 0 if frozen is None else len(frozen.scale)
         a = np.zeros((beneath + self.rank, cols), np.float32)
         bt = np.zeros((beneath + self.rank, rows), np.float32)

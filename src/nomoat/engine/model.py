@@ -284,7 +284,7 @@ def _configure(threads: int | None) -> None:
 
 
 def _build_engine(spec: ModelSpec, weights: Weights) -> _native.Engine:
-    rope = spec.rope
+    rope = spec.ropes[0]
     engine = _native.Engine(
         layers=spec.layers,
         width=spec.width,

@@ -79,13 +79,14 @@ class Adapter:
             raise AdapterError("the adapter holds no weights", code="E_SHAPE")
         for (layer, target), (a, b) in self.tensors.items():
             where = f"layer {layer}, {printable(str(target))}"
-            if target not in TARGETS or not 0 <= layer < spec.layers:
+            if not 0 <= layer < spec.layers or target not in spec.targets(layer):
+                linears = spec.targets(layer if 0 <= layer < spec.layers else 0)
                 raise AdapterError(
                     f"the adapter changes {where}, which {printable(spec.name)} does not have "
-                    f"(layers 0 to {spec.layers - 1}, linears {', '.join(TARGETS)})",
+                    f"(layers 0 to {spec.layers - 1}, linears {', '.join(linears)})",
                     code="E_ARCH",
                 )
-            _check_pair(a, b, spec.linear_shape(target), where)
+            _check_pair(a, b, spec.linear_shape(target, layer), where)
 
 
 def _check_pair(a: Float32, b: Float32, shape: tuple[int, int], where: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import os
 from collections.abc import Callable, Iterator
@@ -24,17 +25,19 @@ from nomoat import _native, settings
 from nomoat.errors import InputError, ModelError, NomoatError
 from nomoat.files.atomic import atomic_write
 from nomoat.files.ggml import GgmlType
-from nomoat.files.gguf import open_gguf
-from nomoat.files.safetensors import open_safetensors
+from nomoat.files.gguf import GgufFile, open_gguf
+from nomoat.files.safetensors import SafetensorsFile, open_safetensors
 from nomoat.models import spec_from_gguf, spec_from_hf
 from nomoat.models.hf import read_config
-from nomoat.models.spec import ModelSpec
+from nomoat.models.spec import ModelSpec, Source
 
 U8 = npt.NDArray[np.uint8]
 
 #: Raised with every change of native/quant: a pack of another layout is rebuilt.
 LAYOUT = 1
 MAGIC = b"nomoatpk"
+#: Rows of a packed strip: experts are packed as one matrix, so each must begin with a strip of its own.
+EXPERT_ROWS = 16
 #: What Hugging Face folders are quantized to; "none" keeps the types of the file.
 FOLDER_TYPES = ("Q8_0", "Q4_K", "none")
 _HF_TYPES = {"F32": GgmlType.F32, "F16": GgmlType.F16, "BF16": GgmlType.BF16}
@@ -46,7 +49,7 @@ _Slot = tuple[int, int, int, int, int]
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """One matrix in packed form, or one norm weight (`rows` = 0) as float32 padded to 32."""
+    """One matrix in packed form, or one vector (`rows` = 0) as float32 padded to 32."""
 
     format: int
     rows: int
@@ -146,7 +149,7 @@ def _build(
     out.truncate(begin)
     done, total = 0, sum(slot[4] for slot in plan.values())
     table: dict[str, tuple[int, ...]] = {}
-    for name, data in _packed(path, spec, wanted["quantize"], plan):
+    for name, data in _packed(path, spec, plan):
         out.seek(plan[name][3])
         out.write(data.data)
         table[name] = (*plan[name], _native.checksum(data))
@@ -171,67 +174,86 @@ def _digest(sources: list[Path]) -> str:
 
 # ---- sources -----------------------------------------------------------------------------------------------------------
 
+#: Float32 values of a Hugging Face tensor that are quantized at a time: 256 MB.
+CHUNK_VALUES = 64 << 20
+
 
 def _shapes(path: Path, spec: ModelSpec, quantize: str) -> Iterator[tuple[str, int, int, int]]:
-    """(engine name, format, rows, cols) of every tensor; rows = 0 for norms."""
-    if path.is_dir():
-        with open_safetensors(path) as file:
-            for name, source in spec.tensors.items():
-                slot = file.tensors[source]
-                stored = _HF_TYPES[slot.dtype]
-                matrix = len(slot.shape) == 2
-                yield name, _folder_type(stored, slot.shape, quantize), slot.shape[0] if matrix else 0, slot.shape[-1]
-        return
-    with open_gguf(path) as gguf:
+    """(engine name, format, rows, cols) of every tensor; experts are one matrix below the other; rows = 0 for vectors."""
+    with _open(path) as file:
         for name, source in spec.tensors.items():
-            info = gguf.tensors[source]
-            matrix = len(info.shape) == 2
-            yield name, int(info.type), info.shape[0] if matrix else 0, info.shape[-1]
+            shape = spec.tensor_shape(name)
+            if len(shape) == 3 and shape[1] % EXPERT_ROWS:
+                raise ModelError(
+                    f"{spec.name}: experts of {shape[1]:,} rows; nomoat needs a multiple of {EXPERT_ROWS}", code="E_SHAPE"
+                )
+            stored = _stored_type(file, source.names[0])
+            format = _folder_type(stored, shape, quantize) if path.is_dir() else stored
+            yield name, format, math.prod(shape[:-1]) if len(shape) > 1 else 0, shape[-1]
+
+
+def _open(path: Path) -> GgufFile | SafetensorsFile:
+    return open_safetensors(path) if path.is_dir() else open_gguf(path)
+
+
+def _stored_type(file: GgufFile | SafetensorsFile, tensor: str) -> GgmlType:
+    return file.tensors[tensor].type if isinstance(file, GgufFile) else _HF_TYPES[file.tensors[tensor].dtype]
 
 
 def _folder_type(stored: GgmlType, shape: tuple[int, ...], quantize: str) -> GgmlType:
     """Quantized where the columns allow it: blocks of 256 for Q4_K (else Q8_0), of 32 for Q8_0 (else as stored)."""
-    if len(shape) != 2 or quantize == "none":
+    if len(shape) < 2 or quantize == "none":
         return stored
-    if quantize == "Q4_K" and shape[1] % 256 == 0:
+    if quantize == "Q4_K" and shape[-1] % 256 == 0:
         return GgmlType.Q4_K
-    return GgmlType.Q8_0 if shape[1] % 32 == 0 else stored
+    return GgmlType.Q8_0 if shape[-1] % 32 == 0 else stored
 
 
-def _packed(path: Path, spec: ModelSpec, quantize: str, plan: dict[str, _Slot]) -> Iterator[tuple[str, U8]]:
-    if path.is_dir():
-        from nomoat.engine.quantize import quantize_rows
-
-        with open_safetensors(path) as file:
-            for name, source in spec.tensors.items():
-                format, rows, cols, _, nbytes = plan[name]
-                slot = file.tensors[source]
-                if not rows:
-                    yield name, _padded_norm(file.array(source), cols)
-                elif format == _HF_TYPES[slot.dtype]:
-                    yield name, _pack(format, rows, cols, file.raw(source), nbytes)
-                else:
-                    yield name, _pack(format, rows, cols, quantize_rows(file.array(source), GgmlType(format)), nbytes)
-        return
-    with open_gguf(path) as gguf:
+def _packed(path: Path, spec: ModelSpec, plan: dict[str, _Slot]) -> Iterator[tuple[str, U8]]:
+    """Every tensor in packed form."""
+    with _open(path) as file:
         for name, source in spec.tensors.items():
             format, rows, cols, _, nbytes = plan[name]
-            raw = gguf.data(source)
-            if rows:
-                yield name, _pack(format, rows, cols, raw, nbytes)
-            elif format == GgmlType.F32:
-                yield name, _padded_norm(raw.view("<f4"), cols)
-            else:
-                raise ModelError(f"tensor `{source}` is {GgmlType(format).name}, expected F32 for a norm")
+            if not rows:
+                yield name, _vector(file, source, cols)
+                continue
+            parts = [_matrix_bytes(file, tensor, GgmlType(format)) for tensor in source.names]
+            raw = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            if source.rows is not None:  # some rows of a fused matrix
+                row = len(raw) // _stored_rows(file, source.names[0])
+                raw = raw[source.first * row : (source.first + source.rows) * row]
+            out = np.empty(nbytes, np.uint8)
+            _native.pack(format, rows, cols, raw, out)
+            yield name, out
 
 
-def _pack(format: int, rows: int, cols: int, raw: U8, nbytes: int) -> U8:
-    out = np.empty(nbytes, np.uint8)
-    _native.pack(format, rows, cols, raw, out)
-    return out
+def _stored_rows(file: GgufFile | SafetensorsFile, tensor: str) -> int:
+    return math.prod(file.tensors[tensor].shape[:-1])
 
 
-def _padded_norm(weight: npt.NDArray[Any], cols: int) -> U8:
+def _matrix_bytes(file: GgufFile | SafetensorsFile, tensor: str, format: GgmlType) -> U8:
+    """A matrix as GGUF bytes: as it is stored, or quantized from the floats of a Hugging Face folder."""
+    if isinstance(file, GgufFile):
+        return file.data(tensor)
+    slot = file.tensors[tensor]
+    if format == _HF_TYPES[slot.dtype]:
+        return file.raw(tensor)
+    from nomoat.engine.quantize import quantize_rows
+
+    rows, step = math.prod(slot.shape[:-1]), max(1, CHUNK_VALUES // slot.shape[-1])
+    chunks = (file.rows(tensor, begin, min(step, rows - begin)) for begin in range(0, rows, step))
+    return np.concatenate([quantize_rows(chunk, format) for chunk in chunks])
+
+
+def _vector(file: GgufFile | SafetensorsFile, source: Source, cols: int) -> U8:
+    """A norm's weight or a bias as float32, padded to 32."""
+    name = source.names[0]
+    if isinstance(file, GgufFile):
+        if file.tensors[name].type != GgmlType.F32:
+            raise ModelError(f"tensor `{name}` is {file.tensors[name].type.name}, expected F32 for a vector", code="E_DTYPE")
+        values: npt.NDArray[np.float32] = file.data(name).view("<f4")
+    else:
+        values = file.array(name)
     out = np.zeros(-(-cols // 32) * 32, np.float32)
-    out[:cols] = weight.reshape(-1)
+    out[:cols] = values.reshape(-1)[source.first : source.first + cols] + np.float32(source.add)
     return out.view(np.uint8)

@@ -9,6 +9,7 @@ huggingface/safetensors. The header is parsed here, stricter than the reference;
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -87,16 +88,22 @@ class SafetensorsFile:
 
     def array(self, name: str) -> npt.NDArray[np.float32]:
         """The tensor widened to float32 in memory of its own. E_DTYPE unless it is F32, F16 or BF16."""
+        return self.rows(name, 0, math.prod(self.tensors[name].shape[:-1])).reshape(self.tensors[name].shape)
+
+    def rows(self, name: str, first: int, count: int) -> npt.NDArray[np.float32]:
+        """As `array`, but only some rows [count, last dimension] of all dimensions before the last."""
         slot = self.tensors[name]
-        raw = self.raw(name)
+        columns = slot.shape[-1] if slot.shape else 1
+        row = slot.nbytes // max(math.prod(slot.shape[:-1]), 1)
+        raw = self.raw(name)[first * row : (first + count) * row]
         if slot.dtype == "F32":
-            return raw.view("<f4").astype(np.float32).reshape(slot.shape)
+            return raw.view("<f4").astype(np.float32).reshape(count, columns)
         if slot.dtype == "F16":
-            return raw.view("<f2").astype(np.float32).reshape(slot.shape)
+            return raw.view("<f2").astype(np.float32).reshape(count, columns)
         if slot.dtype == "BF16":  # the upper half of a float32
             wide = raw.view("<u2").astype(np.uint32)
             np.left_shift(wide, 16, out=wide)
-            return wide.view(np.float32).reshape(slot.shape)
+            return wide.view(np.float32).reshape(count, columns)
         what = f"the tensor `{printable(name)}` is stored as {slot.dtype}, expected F32, F16 or BF16"
         raise FileFormatError(what, code="E_DTYPE", path=self._shards[slot.shard].path, offset=slot.begin)
 

@@ -137,7 +137,11 @@ def _special(tokenizer: Tokenizer | None) -> tuple[str | None, list[str]]:
 
 def _classes(types: dict[str, tuple[str, int]], spec: ModelSpec | None) -> dict[str, dict[str, int]]:
     """Tensors counted by class and type; all are "weights" where the architecture is not known."""
-    engine_names = {} if spec is None else {source: name.rpartition(".")[2] for name, source in spec.tensors.items()}
+    engine_names = (
+        {}
+        if spec is None
+        else {tensor: name.rpartition(".")[2] for name, source in spec.tensors.items() for tensor in source.names}
+    )
     counts: dict[str, Counter[str]] = {}
     for name, (kind, _) in types.items():
         known = engine_names.get(name)

@@ -78,19 +78,20 @@ def weight_bytes(file_bytes: int) -> int:
 
 def kv_bytes_per_token(spec: ModelSpec) -> int:
     """Keys and values of one token in bf16."""
-    return 2 * spec.layers * spec.kv_heads * spec.head_dim * 2
+    return 2 * 2 * spec.head_dim * sum(block.kv_heads for block in spec.blocks)
 
 
 def activation_bytes_per_token(spec: ModelSpec, *, recompute: bool = False) -> int:
     """What one token keeps for backward, over all layers. With `recompute` one layer is whole and the others keep their input."""
     heads, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    layer = 2 * (2 * spec.width + 2 * heads + 2 * kv + 3 * spec.ffn) + 8 * spec.width
+    ffn = spec.ffn * max(spec.experts_used, 1)
+    layer = 2 * (2 * spec.width + 2 * heads + 2 * kv + 3 * ffn) + 8 * spec.width
     return layer + (spec.layers - 1) * 4 * spec.width if recompute else spec.layers * layer
 
 
 def adapter_parameters(spec: ModelSpec, rank: int, targets: Collection[str] = TARGETS) -> int:
     """A [rank, K] and B [N, rank] for every target of every layer."""
-    return spec.layers * sum(rank * sum(spec.linear_shape(target)) for target in targets)
+    return sum(rank * sum(spec.linear_shape(target, layer)) for layer, target in spec.places() if target in targets)
 
 
 def train_bytes(spec: ModelSpec, file_bytes: int, batch_tokens: int, parameters: int, *, recompute: bool = False) -> int:
@@ -106,7 +107,7 @@ def chat_bytes(spec: ModelSpec, file_bytes: int, context: int) -> int:
 
 def train_flops_per_token(spec: ModelSpec, parameters: int, *, length: int = 512, loss_share: float = 1.0) -> float:
     """FLOPs of one training token in segments of `length` tokens, of which `loss_share` carry loss."""
-    linears = spec.parameters() - (1 if spec.tied_head else 2) * spec.vocab * spec.width
+    linears = spec.active_parameters() - (1 if spec.tied_head else 2) * spec.vocab * spec.width
     head = spec.vocab * spec.width * loss_share
     attention = 7 * spec.layers * spec.heads * spec.head_dim * length
     return 4 * (linears + head) + 6 * parameters + attention

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from nomoat.errors import ModelError, printable
 from nomoat.models.fields import Fields
-from nomoat.models.spec import TARGETS, ModelSpec, RopeSpec
+from nomoat.models.spec import TARGETS, LayerSpec, ModelSpec, RopeSpec, Source
 
 if TYPE_CHECKING:
     from nomoat.files.gguf import GgufFile
@@ -18,8 +18,10 @@ __all__ = [
     "GGUF_ARCHITECTURES",
     "HF_MODEL_TYPES",
     "TARGETS",
+    "LayerSpec",
     "ModelSpec",
     "RopeSpec",
+    "Source",
     "architecture",
     "spec_from_gguf",
     "spec_from_hf",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 
 from nomoat.errors import ModelError, printable
-from nomoat.models.spec import ModelSpec
+from nomoat.models.spec import ModelSpec, Source
 
 #: Weight formats the engine multiplies with; norms are vectors and must be plain floats.
 MATRIX_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
@@ -41,17 +41,17 @@ def dimensions(
     return head_dim, rope_dim
 
 
-def names(layers: int, tied_head: bool, top: Mapping[str, str], layer: Mapping[str, str]) -> dict[str, str]:
-    """Engine name -> source name of every weight. `layer` values hold `{i}`."""
-    found = {engine: source for engine, source in top.items() if not (tied_head and engine == "head")}
+def names(layers: int, tied_head: bool, top: Mapping[str, str], layer: Mapping[str, str]) -> dict[str, Source]:
+    """Engine name -> source of every weight. `layer` values hold `{i}`."""
+    found = {engine: Source((source,)) for engine, source in top.items() if not (tied_head and engine == "head")}
     for i in range(layers):
-        found |= {f"blk.{i}.{engine}": source.format(i=i) for engine, source in layer.items()}
+        found |= {f"blk.{i}.{engine}": Source((source.format(i=i),)) for engine, source in layer.items()}
     return found
 
 
-def present(where: str, wanted: Mapping[str, str], available: Collection[str]) -> None:
+def present(where: str, wanted: Mapping[str, Source], available: Collection[str]) -> None:
     """Every tensor exists. Raises one ModelError that names all that do not."""
-    missing = [source for source in wanted.values() if source not in available]
+    missing = [name for source in wanted.values() for name in source.names if name not in available]
     if missing:
         raise ModelError(
             f"{where}: {len(missing):,} of {len(wanted):,} tensors are missing: {listing(missing)}; "
@@ -61,25 +61,39 @@ def present(where: str, wanted: Mapping[str, str], available: Collection[str]) -
 
 def shapes_and_types(where: str, spec: ModelSpec, known: Mapping[str, Known]) -> None:
     """Every tensor has the shape its dimensions ask for, in a format the engine has. Raises ModelError E_SHAPE or E_DTYPE."""
-    for engine, source in spec.tensors.items():
-        shape, kind = known[source]
-        expected = spec.tensor_shape(engine)
+    for name, expected in _expected(spec).items():
+        shape, kind = known[name]
         if tuple(shape) != expected:
             raise ModelError(
-                f"{where}: tensor `{printable(source)}` has shape {tuple(shape)}, but the model's dimensions ask for {expected}",
+                f"{where}: tensor `{printable(name)}` has shape {tuple(shape)}, but the model's dimensions ask for {expected}",
                 code="E_SHAPE",
             )
         supported = VECTOR_TYPES if len(expected) == 1 else MATRIX_TYPES
         if kind not in supported:
             raise ModelError(
-                f"{where}: tensor `{printable(source)}` has type {printable(kind)}, which nomoat does not support; "
+                f"{where}: tensor `{printable(name)}` has type {printable(kind)}, which nomoat does not support; "
                 f"supported: {', '.join(supported)}",
                 code="E_DTYPE",
             )
 
 
-def unused(wanted: Mapping[str, str], available: Iterable[str], harmless: Collection[str] = ()) -> tuple[str, ...]:
+def _expected(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Source tensor -> shape: a fused one has the rows of all weights that are cut out of it, one of E experts one E-th."""
+    found: dict[str, tuple[int, ...]] = {}
+    for engine, source in spec.tensors.items():
+        shape = spec.tensor_shape(engine)
+        if source.rows is not None:
+            name = source.names[0]
+            found[name] = (max(source.first + source.rows, found.get(name, (0,))[0]), *shape[1:])
+        elif len(source.names) > 1:
+            found |= dict.fromkeys(source.names, shape[1:])
+        else:
+            found[source.names[0]] = shape
+    return found
+
+
+def unused(wanted: Mapping[str, Source], available: Iterable[str], harmless: Collection[str] = ()) -> tuple[str, ...]:
     """A note about the tensors that the model does not use, or nothing."""
-    used = set(wanted.values())
+    used = {name for source in wanted.values() for name in source.names}
     extra = [name for name in available if name not in used and not any(part in name for part in harmless)]
     return (f"{len(extra):,} tensors are not used: {listing(extra, 4)}",) if extra else ()

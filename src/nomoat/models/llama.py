@@ -23,7 +23,7 @@ from nomoat.models.fields import (
     MAX_WIDTH,
     Fields,
 )
-from nomoat.models.spec import ModelSpec, RopeSpec
+from nomoat.models.spec import LayerSpec, ModelSpec, RopeSpec
 
 if TYPE_CHECKING:
     from nomoat.files.gguf import GgufFile
@@ -105,17 +105,14 @@ def spec_from_gguf(file: GgufFile) -> ModelSpec:
     spec = ModelSpec(
         architecture="llama",
         name=_name(file.metadata.get("general.name"), file.path.stem),
-        layers=shape["layers"],
         width=shape["width"],
-        heads=shape["heads"],
-        kv_heads=shape["kv_heads"],
         head_dim=head_dim,
-        ffn=shape["ffn"],
         vocab=vocab,
         context=context,
         norm_eps=keys.number("attention.layer_norm_rms_epsilon", *EPS_RANGE),
-        rope=RopeSpec(shape["rope_dim"], interleaved=True, inv_freq=_gguf_frequencies(file, keys, shape["rope_dim"])),
         tied_head=tied,
+        blocks=(LayerSpec(shape["heads"], shape["kv_heads"], shape["ffn"]),) * shape["layers"],
+        ropes=(RopeSpec(shape["rope_dim"], interleaved=True, inv_freq=_gguf_frequencies(file, keys, shape["rope_dim"])),),
         tensors=wanted,
         notes=notes + check.unused(wanted, file.tensors, HARMLESS),
     )
@@ -154,17 +151,14 @@ def spec_from_hf(config: Mapping[str, object], names: Collection[str], *, name: 
     spec = ModelSpec(
         architecture="llama",
         name=_name(name, "model"),
-        layers=shape["layers"],
         width=shape["width"],
-        heads=shape["heads"],
-        kv_heads=shape["kv_heads"],
         head_dim=shape["head_dim"],
-        ffn=shape["ffn"],
         vocab=keys.integer("vocab_size", 1, MAX_VOCAB),
         context=context,
         norm_eps=keys.number("rms_norm_eps", *EPS_RANGE, default=1e-6),  # LlamaConfig's default
-        rope=RopeSpec(rope_dim, interleaved=False, inv_freq=_hf_frequencies(keys, rope_dim)),
         tied_head=tied,
+        blocks=(LayerSpec(shape["heads"], shape["kv_heads"], shape["ffn"]),) * shape["layers"],
+        ropes=(RopeSpec(rope_dim, interleaved=False, inv_freq=_hf_frequencies(keys, rope_dim)),),
         tensors=wanted,
         notes=notes + check.unused(wanted, names, HARMLESS + ((HF_TOP["head"],) if tied else ())),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,6 +11,8 @@ import numpy.typing as npt
 
 #: The linears of one layer that an adapter may target, in the order used everywhere.
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+#: Those that exist once for each expert where a layer has experts.
+EXPERT_TARGETS = ("gate", "up", "down")
 
 
 @dataclass(frozen=True)
@@ -27,50 +30,148 @@ class RopeSpec:
 
 
 @dataclass(frozen=True)
+class LayerSpec:
+    """What a layer has of its own. H = heads, K = kv_heads, F = ffn (of one expert, where there are experts)."""
+
+    heads: int
+    kv_heads: int
+    ffn: int
+    window: int = 0  # keys that a row sees, its own included; 0 = all
+    rope: int | None = 0  # index into ModelSpec.ropes; None = positions are not encoded
+    experts: int = 0  # 0 = one dense MLP
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a weight comes from: whole tensors of the source file one after another, or some rows of a single one.
+
+    `add` is added to every value: Hugging Face stores Gemma's norm weights less one, GGUF as they are.
+    """
+
+    names: tuple[str, ...]
+    first: int = 0
+    rows: int | None = None
+    add: float = 0.0
+
+
+@dataclass(frozen=True)
 class ModelSpec:
-    """Dimensions: D = width, H = heads, K = kv_heads, V = vocab, F = ffn, L = layers."""
+    """Dimensions: D = width, d = head_dim, V = vocab, L = layers; those that layers may differ in are in `blocks`.
+
+    One layer, where [..] is there if its weight is, s = score_scale, and caps and scales do nothing by default:
+
+        h = [norm](x)                 q, k, v = Wq h [+ b], Wk h [+ b], Wv h [+ b]       q, k = rope([norm](q), [norm](k))
+        a = softmax(cap(s q k^T)) v   x += residual_scale * [post_norm](Wo a [+ b])
+        h = [norm](x)                 x += residual_scale * [post_norm](Wdown (act(Wgate h) * (Wup h)))     (gated)
+                                      x += residual_scale * [post_norm](Wdown act(Wup h [+ b]) [+ b])       (not gated)
+                                      x += sum over the experts_used best of p_e * MLP_e(h), p = softmax(router h)   (experts)
+        logits = cap(logit_scale * Whead norm(x)), x of the first layer = embed_scale * embedding rows, cap(z) = c tanh(z / c)
+    """
 
     architecture: str
     name: str
-    layers: int
     width: int
-    heads: int
-    kv_heads: int
     head_dim: int
-    ffn: int
     vocab: int
     context: int
     norm_eps: float
-    rope: RopeSpec
     tied_head: bool
-    activation: Literal["silu"] = "silu"
-    #: engine name -> tensor name in the source file, for example "blk.0.q" -> "blk.0.attn_q.weight"
-    tensors: dict[str, str] = field(default_factory=dict)
+    blocks: tuple[LayerSpec, ...]
+    ropes: tuple[RopeSpec, ...]
+    norm: Literal["rms", "layer"] = "rms"
+    activation: Literal["silu", "gelu"] = "silu"  # gelu: the tanh form
+    gated: bool = True
+    qk_norm: Literal["none", "head", "row"] = "none"  # over the d values of a head, or over all heads of a row
+    score_scale: float | None = None  # None: 1 / sqrt(d)
+    score_cap: float = 0.0  # 0: none
+    logit_cap: float = 0.0  # 0: none
+    logit_scale: float = 1.0
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    experts_used: int = 0
+    expert_norm: bool = True  # the weights of the experts used are divided by their sum
+    #: engine name -> source: "embed", "head", "final_norm[_bias]", and for layer i "blk.i." + one of TARGETS, "q_bias",
+    #: "k_bias", "v_bias", "o_bias", "up_bias", "down_bias", "attn_norm[_bias]", "attn_post_norm", "q_norm", "k_norm",
+    #: "mlp_norm[_bias]", "mlp_post_norm", "router"
+    tensors: dict[str, Source] = field(default_factory=dict)
     #: sentences for the user: unused tensors, a context that was shortened
     notes: tuple[str, ...] = ()
 
-    def linear_shape(self, target: str) -> tuple[int, int]:
-        """(rows N, columns K) of a target's weight: y[N] = W[N, K] x[K]."""
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+    @property
+    def layers(self) -> int:
+        """L."""
+        return len(self.blocks)
+
+    @property
+    def heads(self) -> int:
+        """Query heads, of the layer that has most."""
+        return max(block.heads for block in self.blocks)
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads, of the layer that has most."""
+        return max(block.kv_heads for block in self.blocks)
+
+    @property
+    def ffn(self) -> int:
+        """Width of the MLP (of one expert), of the layer where it is widest."""
+        return max(block.ffn for block in self.blocks)
+
+    def targets(self, layer: int) -> tuple[str, ...]:
+        """The linears of a layer that an adapter can cover: not those of experts."""
+        if self.blocks[layer].experts:
+            return tuple(target for target in TARGETS if target not in EXPERT_TARGETS)
+        return TARGETS if self.gated else tuple(target for target in TARGETS if target != "gate")
+
+    def places(self) -> Iterator[tuple[int, str]]:
+        """(layer, target) of every linear that an adapter can cover, in the order used everywhere."""
+        return ((layer, target) for layer in range(self.layers) for target in self.targets(layer))
+
+    def linear_shape(self, target: str, layer: int = 0) -> tuple[int, int]:
+        """(rows N, columns K) of a target's weight (of one expert): y[N] = W[N, K] x[K]."""
+        block = self.blocks[layer]
+        q, kv = block.heads * self.head_dim, block.kv_heads * self.head_dim
         shapes = {
             "q": (q, self.width),
             "k": (kv, self.width),
             "v": (kv, self.width),
             "o": (self.width, q),
-            "gate": (self.ffn, self.width),
-            "up": (self.ffn, self.width),
-            "down": (self.width, self.ffn),
+            "gate": (block.ffn, self.width),
+            "up": (block.ffn, self.width),
+            "down": (self.width, block.ffn),
         }
         return shapes[target]
 
     def tensor_shape(self, engine_name: str) -> tuple[int, ...]:
-        """Shape of a weight by engine name ("embed", "head", "blk.3.q", ...), rows first; norms are [D]."""
+        """Shape of a weight by engine name, rows first. Weights of experts are [experts, N, K], vectors [N]."""
         if engine_name in ("embed", "head"):
             return (self.vocab, self.width)
-        target = engine_name.rpartition(".")[2]
-        return self.linear_shape(target) if target in TARGETS else (self.width,)
+        if not engine_name.startswith("blk."):
+            return (self.width,)
+        _, index, part = engine_name.split(".")
+        layer, block = int(index), self.blocks[int(index)]
+        if part in TARGETS:
+            shape = self.linear_shape(part, layer)
+            return (block.experts, *shape) if block.experts and part in EXPERT_TARGETS else shape
+        if part == "router":
+            return (block.experts, self.width)
+        if part in ("q_norm", "k_norm"):
+            return (self.head_dim,) if self.qk_norm == "head" else (self.linear_shape(part[0], layer)[0],)
+        target = part.removesuffix("_bias")
+        return (self.linear_shape(target, layer)[0],) if target in TARGETS else (self.width,)
 
     def parameters(self) -> int:
-        """Weights in all matrices (norms left out): what decides size and speed."""
-        per_layer = sum(n * k for n, k in map(self.linear_shape, TARGETS))
-        return self.layers * per_layer + (1 if self.tied_head else 2) * self.vocab * self.width
+        """Weights in all matrices (norms, biases and routers left out): what decides size."""
+        return self._parameters(lambda block: block.experts)
+
+    def active_parameters(self) -> int:
+        """Those that one token is multiplied with, which decides speed: of experts only the ones used."""
+        return self._parameters(lambda block: min(self.experts_used, block.experts))
+
+    def _parameters(self, experts: Callable[[LayerSpec], int]) -> int:
+        found = (1 if self.tied_head else 2) * self.vocab * self.width
+        for layer, block in enumerate(self.blocks):
+            for target in TARGETS if self.gated else self.targets(layer):
+                rows, columns = self.linear_shape(target, layer)
+                found += rows * columns * (experts(block) if block.experts and target in EXPERT_TARGETS else 1)
+        return found

@@ -100,7 +100,10 @@ class TrainOptions:
 
     def check_model(self, spec: ModelSpec) -> None:
         """Raises InputError E_LIMIT where the options do not fit the model."""
-        smallest = min(min(spec.linear_shape(target)) for target in self.targets)
+        shapes = [spec.linear_shape(target, layer) for layer, target in spec.places() if target in self.targets]
+        if not shapes:
+            raise InputError(f"targets: the model has none of {', '.join(self.targets)}", code="E_LIMIT")
+        smallest = min(map(min, shapes))
         if self.rank > smallest:
             raise InputError(f"rank is {self.rank}, but the narrowest adapted matrix of the model has {smallest}", code="E_LIMIT")
         if self.context is not None and self.context > spec.context:

@@ -300,7 +300,7 @@ def _permuted(spec: ModelSpec) -> bool:
     """Whether this base file holds q and k rows in another order than Hugging Face: GGUF with rotary pairs side by side."""
     from nomoat.models import architecture
 
-    return bool(spec.rope.interleaved and architecture(spec).qk_permuted("gguf"))
+    return bool(spec.ropes[0].interleaved and architecture(spec).qk_permuted("gguf"))
 
 
 def _heads(target: str, spec: ModelSpec) -> int:
