@@ -13,12 +13,12 @@ import pytest
 from nomoat.errors import FileFormatError, InputError, ModelError, NotFoundError
 from nomoat.files.ggml import GgmlType
 from nomoat.files.gguf import GgufFile, open_gguf
-from nomoat.models import GGUF_ARCHITECTURES, HF_MODEL_TYPES, architecture, spec_from_gguf, spec_from_hf
+from nomoat.models import architecture, spec_from_gguf, spec_from_hf
 from nomoat.models.hf import MAX_CONFIG_BYTES, read_config
-from nomoat.models.llama import GGUF_LAYER, GGUF_TOP, HF_LAYER, HF_TOP, PEFT_MODULES, qk_permuted
-from nomoat.models.spec import TARGETS, ModelSpec
-from tiny import LAYER_NAMES, TOP_NAMES, source_name, tiny_hf, tiny_llama, tiny_weights
+from nomoat.models.llama import PEFT_MODULES, qk_permuted
+from nomoat.models.spec import TARGETS, LayerSpec, ModelSpec
 from tiny import Shape as TinyShape
+from tiny import source_name, tiny_hf, tiny_llama, tiny_weights
 
 #: The smallest shape, so that a hundred files are written in a second.
 ONE: dict[str, Any] = {"layers": 1, "width": 32, "heads": 4, "kv_heads": 2, "ffn": 32}
@@ -40,8 +40,7 @@ def refused(path: Path, **options: Any) -> ModelError:
 
 
 def hf_names(layers: int, tied: bool = True) -> list[str]:
-    top = [name for engine, name in HF_TOP.items() if not (tied and engine == "head")]
-    return top + [name.format(i=i) for i in range(layers) for name in HF_LAYER.values()]
+    return [source_name(engine, hf=True) for engine in tiny_weights(TinyShape(layers=layers, tied=tied))]
 
 
 def test_smollm2(smollm2: Path) -> None:
@@ -110,19 +109,8 @@ def test_both_sources_agree(tmp_path: Path) -> None:
 
 def test_tables() -> None:
     assert set(PEFT_MODULES) == set(TARGETS)
-    assert set(GGUF_LAYER) == set(HF_LAYER) == set(LAYER_NAMES)
-    assert set(GGUF_TOP) == set(HF_TOP) == set(TOP_NAMES)
     assert qk_permuted("gguf")
     assert not qk_permuted("hf")
-
-
-def test_every_architecture_has_goldens() -> None:
-    """A row without logits of another implementation is not tested: tests/golden/make_transformers_ARCH.py writes them."""
-    modules = {*GGUF_ARCHITECTURES.values(), *HF_MODEL_TYPES.values()}
-    golden = Path(__file__).parent / "golden"
-    for module in modules:
-        assert (golden / f"make_transformers_{module}.py").is_file()
-        assert (golden / f"transformers_{module}.npz").is_file()
 
 
 def test_architecture_module(tmp_path: Path) -> None:
@@ -181,7 +169,8 @@ OUT_OF_RANGE = [
     ("rope.dimension_count", BIG, "E_LIMIT"),
     ("vocab_size", 0, "E_ARCH"),
     ("vocab_size", BIG, "E_LIMIT"),
-    ("expert_count", 8, "E_ARCH"),
+    ("expert_count", 1, "E_ARCH"),
+    ("expert_count", 8, "E_ARCH"),  # of which none is in the file
     ("expert_count", 1_000_000, "E_LIMIT"),
     ("attention.sliding_window", BIG, "E_LIMIT"),
     ("attention.causal", False, "E_ARCH"),
@@ -212,12 +201,15 @@ def test_zero_base_and_epsilon(key: str, tmp_path: Path) -> None:
     assert refused(tmp_path, metadata={f"llama.{key}": 0.0}).code == "E_LIMIT"
 
 
+PER_LAYER = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
 INTEGERS = sorted({key for key, _, _ in OUT_OF_RANGE} - {"attention.causal"})
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [(f"llama.{key}", value) for key in INTEGERS for value in ("8", 8.0, True, [8])]
+    [(f"llama.{key}", value) for key in INTEGERS for value in ("8", 8.0, True)]
+    + [(f"llama.{key}", [8]) for key in INTEGERS if key not in PER_LAYER]
+    + [(f"llama.{key}", [8.0]) for key in PER_LAYER]
     + [(f"llama.{key}", value) for key in FLOATS for value in ("1", 1, True, [1.0])]
     + [("llama.attention.causal", value) for value in (1, "yes")]
     + [("llama.rope.scaling.type", value) for value in (1, True, ["linear"])]
@@ -246,7 +238,7 @@ def _patch_architecture_type(path: Path) -> None:
 def test_unknown_architecture_and_adapter(tmp_path: Path) -> None:
     error = refused(tmp_path, metadata={"general.architecture": "qwen\x1b[31m9"})
     assert error.code == "E_ARCH"
-    assert "supported: llama" in str(error)
+    assert "supported: gemma2, gemma3, granite, llama, olmo2, phi3, qwen2, qwen3, qwen3moe, smollm3, starcoder2" in str(error)
     assert "\x1b" not in str(error)
     assert "adapter, not a model" in str(refused(tmp_path, metadata={"general.type": "adapter"}))
 
@@ -312,11 +304,53 @@ def test_more_layers_than_tensors_stays_short(tmp_path: Path) -> None:
     assert len(str(error)) < 1000
 
 
-def test_biases_and_experts_are_refused(tmp_path: Path) -> None:
-    bias = {"blk.0.attn_q.bias": np.zeros(32, np.float32)}
-    assert "biases are not supported yet by architecture llama" in str(refused(tmp_path, extra=bias))
-    router = {"blk.0.ffn_gate_inp.weight": np.zeros((4, 32), np.float32)}
-    assert "mixture of experts is not supported yet by architecture llama" in str(refused(tmp_path, extra=router))
+def test_biases_are_read_where_they_are(tmp_path: Path) -> None:
+    bias = {"blk.0.attn_q.bias": np.zeros(32, np.float32), "blk.0.ffn_gate.bias": np.zeros(32, np.float32)}
+    spec = read(tiny_llama(tmp_path / "model.gguf", extra=bias, **ONE))
+    assert {name for name in spec.tensors if name.endswith("_bias")} == {"blk.0.q_bias", "blk.0.gate_bias"}
+    assert spec.tensors["blk.0.q_bias"].names == ("blk.0.attn_q.bias",)
+    assert refused(tmp_path, extra={"blk.0.attn_q.bias": np.zeros(31, np.float32)}).code == "E_SHAPE"
+    assert "blk.1.attn_q.bias" in str(refused(tmp_path, extra=bias, layers=2))  # in one layer, not in the other
+
+
+def test_tensors_that_would_change_the_result_are_refused(tmp_path: Path) -> None:
+    error = refused(tmp_path, extra={"output_norm.bias": np.zeros(32, np.float32)})
+    assert "1 biases are in the file, but architecture llama has none there" in str(error)
+    for name in ("ffn_gate_inp", "ffn_gate_exps", "ffn_up.3", "ffn_down_shexp"):
+        error = refused(tmp_path, extra={f"blk.0.{name}.weight": np.zeros((4, 32), np.float32)})
+        assert "1 tensors of experts are in the file" in str(error)
+        assert name in str(error)
+
+
+def test_sizes_by_layer(tmp_path: Path) -> None:
+    """Pruned models have layers of different sizes; GGUF then holds arrays."""
+    weights = tiny_weights(TinyShape(layers=2, width=32, heads=4, kv_heads=2, ffn=32))
+    weights |= {"blk.1.q": np.zeros((16, 32), np.float32), "blk.1.o": np.zeros((32, 16), np.float32)}
+    weights |= {f"blk.1.{part}": np.zeros((8, 32), np.float32) for part in "kv"}
+    weights |= {f"blk.1.{part}": np.zeros((64, 32), np.float32) for part in ("gate", "up")}
+    weights["blk.1.down"] = np.zeros((32, 64), np.float32)
+    arrays = {
+        "llama.attention.head_count": [4, 2],
+        "llama.attention.head_count_kv": [2, 1],
+        "llama.feed_forward_length": [32, 64],
+    }
+    path = tiny_llama(tmp_path / "m.gguf", layers=2, width=32, heads=4, kv_heads=2, ffn=32, weights=weights, metadata=arrays)
+    spec = read(path)
+    assert spec.blocks == (LayerSpec(4, 2, 32), LayerSpec(2, 1, 64))
+    assert (spec.head_dim, spec.heads, spec.linear_shape("q", 1)) == (8, 4, (16, 32))
+    for key, value, code in (
+        ("attention.head_count", [4], "E_SHAPE"),
+        ("attention.head_count", [4, 0], "E_ARCH"),
+        ("attention.head_count_kv", [2, 4], "E_ARCH"),
+        ("feed_forward_length", [32, 1 << 30], "E_LIMIT"),
+        ("feed_forward_length", [32, 32], "E_SHAPE"),
+        ("feed_forward_length", ["a", "b"], "E_TYPE"),
+    ):
+        wrong = arrays | {f"llama.{key}": value}
+        path = tiny_llama(tmp_path / "m.gguf", layers=2, width=32, heads=4, kv_heads=2, ffn=32, weights=weights, metadata=wrong)
+        with pytest.raises(InputError) as caught:
+            read(path)
+        assert caught.value.code == code, (key, value)
 
 
 def test_extra_tensors_are_noted_once(tmp_path: Path) -> None:
@@ -341,12 +375,12 @@ def test_bad_rope_factors(factors: Any, code: str, tmp_path: Path) -> None:
     assert refused(tmp_path, extra={"rope_freqs.weight": factors}).code == code
 
 
-def test_sliding_window_limits_the_context(tmp_path: Path) -> None:
+def test_sliding_window_of_every_layer(tmp_path: Path) -> None:
     spec = read(tiny_llama(tmp_path / "model.gguf", metadata={"llama.attention.sliding_window": 100}, **ONE))
-    assert spec.context == 100
-    assert "limited to 100 tokens" in spec.notes[0]
-    wide = read(tiny_llama(tmp_path / "model.gguf", metadata={"llama.attention.sliding_window": 4096}, **ONE))
-    assert (wide.context, wide.notes) == (256, ())
+    assert (spec.context, spec.notes, spec.blocks[0].window) == (256, (), 100)
+    with pytest.raises(ModelError) as caught:
+        read(tiny_llama(tmp_path / "model.gguf", metadata={"llama.attention.sliding_window": -1}, **ONE))
+    assert caught.value.code == "E_ARCH"
 
 
 def hf_spec(tmp_path: Path, **config: Any) -> ModelSpec:
@@ -356,9 +390,9 @@ def hf_spec(tmp_path: Path, **config: Any) -> ModelSpec:
 
 def test_mistral(tmp_path: Path) -> None:
     spec = hf_spec(tmp_path, model_type="mistral", sliding_window=64)
-    assert (spec.architecture, spec.context) == ("llama", 64)
-    assert hf_spec(tmp_path, model_type="mistral", sliding_window=None).context == 256
-    assert hf_spec(tmp_path, model_type="llama", sliding_window=64).context == 256  # Llama has no window
+    assert (spec.architecture, spec.context, spec.blocks[0].window) == ("llama", 256, 64)
+    assert hf_spec(tmp_path, model_type="mistral").blocks[0].window == 4096  # MistralConfig's default
+    assert hf_spec(tmp_path, model_type="llama", sliding_window=64).blocks[0].window == 0  # Llama has no window
     with pytest.raises(ModelError, match="cannot share 8"):
         hf_spec(tmp_path, model_type="mistral", num_key_value_heads=None)
 
@@ -376,7 +410,7 @@ def test_defaults_of_transformers(tmp_path: Path) -> None:
     ("config", "code", "text"),
     [
         ({"model_type": None}, "E_ARCH", "`model_type` is missing"),
-        ({"model_type": "gpt2"}, "E_ARCH", "supported: llama, mistral"),
+        ({"model_type": "gpt2"}, "E_ARCH", "supported: gemma2, gemma3, "),
         ({"hidden_size": None}, "E_ARCH", "`hidden_size` is missing"),
         ({"hidden_size": "32"}, "E_TYPE", "a whole number"),
         ({"hidden_size": 1e400}, "E_TYPE", "a whole number"),
@@ -388,8 +422,12 @@ def test_defaults_of_transformers(tmp_path: Path) -> None:
         ({"rms_norm_eps": float("nan")}, "E_NONFINITE", "rms_norm_eps"),
         ({"rope_theta": 0}, "E_LIMIT", "rope_theta"),
         ({"rope_scaling": [1]}, "E_TYPE", "an object"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "E_ARCH", "one setting for all layers"),
+        ({"partial_rotary_factor": 0.5}, "E_ARCH", "turns whole heads"),
+        ({"is_causal": False}, "E_ARCH", "embedding model"),
         ({"hidden_act": "gelu"}, "E_ARCH", "silu"),
-        ({"attention_bias": True}, "E_ARCH", "biases are not supported"),
+        ({"attention_bias": True}, "E_ARCH", "4 of 15 tensors are missing: `model.layers.0.self_attn.q_proj.bias`"),
+        ({"mlp_bias": True}, "E_ARCH", "`model.layers.0.mlp.gate_proj.bias`"),
         ({"mlp_bias": 1}, "E_TYPE", "true or false"),
         ({"auto_map": {"AutoModel": "evil.py"}}, "E_ARCH", "never runs"),
         ({"quantization_config": {"quant_method": "gptq"}}, "E_ARCH", "already quantized"),

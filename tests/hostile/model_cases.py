@@ -26,6 +26,7 @@ from hostile.gguf_bytes import (
 )
 
 SIZES = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
+PER_LAYER = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")
 #: Keys that may be absent: they have a default in the specification, or only add to what other keys say.
 OPTIONAL = frozenset(
     ("general.name", "general.alignment", "llama.rope.dimension_count", "llama.vocab_size",
@@ -60,7 +61,9 @@ def _missing_and_mistyped() -> Iterator[Case]:
         values: dict[int, Value] = {U32: 3, STRING: "3", F32: 3.0, BOOL: 1, ARRAY: [3, 4]}
         for kind, value in values.items():
             if not _same_kind(name, kind):
-                yield case("G24", f"{name}-as-{kind}", good.with_key(name, kind, value).build(), "E_TYPE")
+                # some sizes may be arrays, with one item for each layer
+                codes = ("E_SHAPE",) if kind == ARRAY and name.endswith(PER_LAYER) else ("E_TYPE",)
+                yield case("G24", f"{name}-as-{kind}", good.with_key(name, kind, value).build(), *codes)
     for name in ("tokens", "scores", "token_type"):
         wrong = key(TOKENIZER + name, ARRAY, ["x"] * 16, element=STRING)
         array = key(TOKENIZER + name, ARRAY, [1] * 16, element=U32) if name == "tokens" else wrong
@@ -122,8 +125,9 @@ def _tensors() -> Iterator[Case]:
     yield case("G39", "quantized-norm", good.with_tensor("output_norm.weight", type=8).build(), "E_DTYPE")
     extra = replace(good, tensors=(*good.tensors, Tensor("blk.0.unknown.weight", (8,))))
     yield case("G40", "extra-tensor-is-a-note", extra.build())
-    bias = replace(good, tensors=(*good.tensors, Tensor("blk.0.attn_q.bias", (32,))))
-    yield case("G40", "bias-that-would-be-ignored", bias.build(), "E_ARCH")
+    for name, codes in {"attn_q": (), "ffn_down": (), "attn_norm": ("E_ARCH",), "unknown": ("E_ARCH",)}.items():
+        bias = replace(good, tensors=(*good.tensors, Tensor(f"blk.0.{name}.bias", (32,))))
+        yield case("G40", f"bias-of-{name}", bias.build(), *codes)
     for name, count in {"one-more": 2, "1024": 1024}.items():
         yield case("G40", f"layers-{name}", good.with_key("llama.block_count", U32, count).build(), "E_ARCH")
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 
 from nomoat.errors import ModelError, printable
-from nomoat.models.spec import ModelSpec, Source
+from nomoat.models.spec import ModelSpec
 
 #: Weight formats the engine multiplies with; norms are vectors and must be plain floats.
 MATRIX_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 VECTOR_TYPES = ("F32", "F16", "BF16")
+
+#: Routers and experts, in every spelling of GGUF and Hugging Face.
+_EXPERTS = re.compile(r"\.ffn_gate_inp|_(ch|sh)?exps?\.|\.ffn_(gate|up|down)\.\d|\.block_sparse_moe\.|\.experts\.|shared_expert")
+
+#: Experts of all layers together: the largest published models have 24,000.
+MAX_ALL_EXPERTS = 1 << 15
 
 #: What is known about a tensor of the source file: (shape with rows first, type name).
 Known = tuple[tuple[int, ...], str]
@@ -22,36 +30,42 @@ def listing(names: Iterable[str], most: int = 12) -> str:
     return shown + (f" and {len(all_names) - most:,} more" if len(all_names) > most else "")
 
 
-def dimensions(
-    where: str, *, width: int, heads: int, kv_heads: int, head_dim: int | None, rope_dim: int | None
-) -> tuple[int, int]:
-    """(head_dim, rope_dim) with their defaults, width / heads and head_dim. Raises ModelError where they do not fit together."""
+def shown_name(value: object, fallback: str = "model") -> str:
+    """A short printable name of a model."""
+    return printable(value if isinstance(value, str) and value else fallback)[:200]
+
+
+def head_dimension(where: str, *, width: int, heads: int, kv_heads: int, head_dim: int | None) -> int:
+    """The head dimension, by default width / heads. Raises ModelError where the three do not fit together."""
     if head_dim is None:
         if width % heads:
             raise ModelError(f"{where}: the embedding length {width:,} is not a multiple of the {heads:,} attention heads")
         head_dim = width // heads
     if heads % kv_heads:
         raise ModelError(f"{where}: {heads:,} attention heads cannot share {kv_heads:,} key/value heads evenly")
-    rope_dim = head_dim if rope_dim is None else rope_dim
+    return head_dim
+
+
+def rotary_dimension(where: str, rope_dim: int, head_dim: int) -> None:
+    """Pairs are whole, and within a head. Raises ModelError."""
     if head_dim % 2 or rope_dim % 2 or not 0 < rope_dim <= head_dim:
         raise ModelError(
             f"{where}: rotary embedding over {rope_dim:,} of {head_dim:,} dimensions per head; "
             "both must be even, and the first no larger than the second"
         )
-    return head_dim, rope_dim
 
 
-def names(layers: int, tied_head: bool, top: Mapping[str, str], layer: Mapping[str, str]) -> dict[str, Source]:
-    """Engine name -> source of every weight. `layer` values hold `{i}`."""
-    found = {engine: Source((source,)) for engine, source in top.items() if not (tied_head and engine == "head")}
-    for i in range(layers):
-        found |= {f"blk.{i}.{engine}": Source((source.format(i=i),)) for engine, source in layer.items()}
-    return found
+def experts(where: str, counts: Iterable[int]) -> None:
+    """The experts of all layers are few enough to be listed. Raises ModelError E_LIMIT."""
+    total = sum(counts)
+    if total > MAX_ALL_EXPERTS:
+        raise ModelError(f"{where}: {total:,} experts in all layers; expected at most {MAX_ALL_EXPERTS:,}", code="E_LIMIT")
 
 
-def present(where: str, wanted: Mapping[str, Source], available: Collection[str]) -> None:
+def present(where: str, spec: ModelSpec, available: Collection[str]) -> None:
     """Every tensor exists. Raises one ModelError that names all that do not."""
-    missing = [name for source in wanted.values() for name in source.names if name not in available]
+    wanted = _used(spec)
+    missing = [name for name in wanted if name not in available]
     if missing:
         raise ModelError(
             f"{where}: {len(missing):,} of {len(wanted):,} tensors are missing: {listing(missing)}; "
@@ -61,7 +75,7 @@ def present(where: str, wanted: Mapping[str, Source], available: Collection[str]
 
 def shapes_and_types(where: str, spec: ModelSpec, known: Mapping[str, Known]) -> None:
     """Every tensor has the shape its dimensions ask for, in a format the engine has. Raises ModelError E_SHAPE or E_DTYPE."""
-    for name, expected in _expected(spec).items():
+    for name, expected in source_shapes(spec).items():
         shape, kind = known[name]
         if tuple(shape) != expected:
             raise ModelError(
@@ -77,8 +91,8 @@ def shapes_and_types(where: str, spec: ModelSpec, known: Mapping[str, Known]) ->
             )
 
 
-def _expected(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Source tensor -> shape: a fused one has the rows of all weights that are cut out of it, one of E experts one E-th."""
+def source_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Tensor of the source file -> shape: a fused one has the rows of all weights cut out of it, one of E experts an E-th."""
     found: dict[str, tuple[int, ...]] = {}
     for engine, source in spec.tensors.items():
         shape = spec.tensor_shape(engine)
@@ -92,8 +106,32 @@ def _expected(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def unused(wanted: Mapping[str, Source], available: Iterable[str], harmless: Collection[str] = ()) -> tuple[str, ...]:
-    """A note about the tensors that the model does not use, or nothing."""
-    used = {name for source in wanted.values() for name in source.names}
+def left_out(where: str, spec: ModelSpec, names: Iterable[str]) -> None:
+    """Raises ModelError where tensors of the layers that certainly change the result would not be used: biases, experts."""
+    used = _used(spec)
+    extra = [name for name in names if name not in used]
+    biases = [name for name in extra if name.endswith(".bias")]
+    if biases:
+        raise ModelError(
+            f"{where}: {len(biases):,} biases are in the file, but architecture {spec.architecture} has none there as it is "
+            f"described: {listing(biases, 3)}"
+        )
+    experts = [name for name in extra if _EXPERTS.search(name)]
+    if experts:
+        raise ModelError(
+            f"{where}: {len(experts):,} tensors of experts are in the file that architecture {spec.architecture} does not have "
+            f"as it is described ({max(block.experts for block in spec.blocks):,} experts a layer): {listing(experts, 3)}"
+        )
+
+
+def with_unused(spec: ModelSpec, available: Iterable[str], harmless: Collection[str] = ()) -> ModelSpec:
+    """The model with a note about the tensors that it does not use, if there are any."""
+    used = _used(spec)
     extra = [name for name in available if name not in used and not any(part in name for part in harmless)]
-    return (f"{len(extra):,} tensors are not used: {listing(extra, 4)}",) if extra else ()
+    note = (f"{len(extra):,} tensors are not used: {listing(extra, 4)}",) if extra else ()
+    return replace(spec, notes=spec.notes + note)
+
+
+def _used(spec: ModelSpec) -> dict[str, None]:
+    """The tensors of the source file, in the model's order."""
+    return dict.fromkeys(name for source in spec.tensors.values() for name in source.names)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 from nomoat.errors import ModelError, printable
+from nomoat.files.gguf import LazyArray
 
 #: Upper limits: a few times the largest published model, low enough that no product of two of them overflows 64 bits.
 MAX_LAYERS = 1024
@@ -15,13 +16,15 @@ MAX_HEAD_DIM = 1 << 12
 MAX_FFN = 1 << 20
 MAX_VOCAB = 1 << 22
 MAX_CONTEXT = 1 << 26
+MAX_EXPERTS = 1024
 
 
 class Fields:
     """Typed look-ups by key. A JSON null counts as absent.
 
     Raises ModelError: E_ARCH for an absent key or a value below its range, E_LIMIT above it, E_TYPE for the wrong type,
-    E_NONFINITE for NaN and infinity. `strict` wants a float where a float belongs (GGUF); JSON writes 10000 for 10000.0.
+    E_SHAPE for an array of the wrong length, E_NONFINITE for NaN and infinity. `strict` wants a float where a float belongs
+    (GGUF); JSON writes 10000 for 10000.0.
     """
 
     def __init__(self, values: Mapping[str, object], where: str, *, prefix: str = "", strict: bool = False) -> None:
@@ -44,7 +47,7 @@ class Fields:
 
     def fail(self, key: str, value: object, expected: str, code: str) -> ModelError:
         """The error for a value: what it is, what was expected."""
-        shown = printable(repr(value))
+        shown = "an array" if isinstance(value, LazyArray) else printable(repr(value))
         if len(shown) > 80:
             shown = shown[:77] + "..."
         return ModelError(f"{self.where}: `{printable(self.prefix + key)}` is {shown}, expected {expected}", code=code)
@@ -53,7 +56,18 @@ class Fields:
         """A whole number in low..high."""
         if default is not None and not self.has(key):
             return default
+        return self._whole(key, self._value(key), low, high)
+
+    def integers(self, key: str, low: int, high: int, length: int, default: tuple[int, ...] | None = None) -> tuple[int, ...]:
+        """`length` whole numbers in low..high: an array of so many (else E_SHAPE), or one number that stands for all."""
+        if default is not None and not self.has(key):
+            return default
         value = self._value(key)
+        if not isinstance(value, list | tuple | LazyArray):
+            return (self._whole(key, value, low, high),) * length
+        return tuple(self._whole(f"{key}[{i}]", item, low, high) for i, item in enumerate(self._items(key, length)))
+
+    def _whole(self, key: str, value: object, low: int, high: int) -> int:
         if isinstance(value, bool) or not isinstance(value, int):
             raise self.fail(key, value, "a whole number", "E_TYPE")
         if not low <= value <= high:
@@ -64,7 +78,13 @@ class Fields:
         """A finite number in low..high."""
         if default is not None and not self.has(key):
             return default
-        value = self._value(key)
+        return self._real(key, self._value(key), low, high)
+
+    def numbers(self, key: str, low: float, high: float, length: int) -> tuple[float, ...]:
+        """An array of `length` finite numbers in low..high; E_SHAPE for another length."""
+        return tuple(self._real(f"{key}[{i}]", item, low, high) for i, item in enumerate(self._items(key, length)))
+
+    def _real(self, key: str, value: object, low: float, high: float) -> float:
         if isinstance(value, bool) or not isinstance(value, (float,) if self.strict else (float, int)):
             raise self.fail(key, value, "a floating-point number" if self.strict else "a number", "E_TYPE")
         try:
@@ -94,3 +114,46 @@ class Fields:
         if not isinstance(value, bool):
             raise self.fail(key, value, "true or false", "E_TYPE")
         return value
+
+    def flags(self, key: str, length: int) -> tuple[bool, ...]:
+        """An array of `length` booleans; E_SHAPE for another length."""
+        items = self._items(key, length)
+        for item in items:
+            if not isinstance(item, bool):
+                raise self.fail(key, item, "true or false for each layer", "E_TYPE")
+        return tuple(item is True for item in items)
+
+    def choices(self, key: str, allowed: tuple[str, ...], length: int) -> tuple[str, ...]:
+        """An array of `length` strings, each one of `allowed`; E_SHAPE for another length."""
+        items = self._items(key, length)
+        for item in items:
+            if item not in allowed:
+                raise self.fail(key, item, " or ".join(allowed), "E_ARCH" if isinstance(item, str) else "E_TYPE")
+        return tuple(str(item) for item in items)
+
+    def listed(self, key: str, low: int, high: int) -> tuple[int, ...]:
+        """An array of whole numbers in low..high, no more than there are of these; none where it is absent."""
+        if not self.has(key):
+            return ()
+        value = self._value(key)
+        if not isinstance(value, list | tuple):
+            raise self.fail(key, value, "an array of whole numbers", "E_TYPE")
+        found = tuple(self._whole(f"{key}[{i}]", item, low, high) for i, item in enumerate(value[: high - low + 2]))
+        if len(found) > high - low + 1:
+            raise self.fail(key, f"{len(value):,} values", f"at most {high - low + 1:,}", "E_LIMIT")
+        return found
+
+    def is_array(self, key: str) -> bool:
+        """Whether the value is an array."""
+        return isinstance(self.values.get(self.prefix + key), list | tuple | LazyArray)
+
+    def _items(self, key: str, length: int) -> list[object]:
+        value = self._value(key)
+        if not isinstance(value, list | tuple | LazyArray):
+            raise self.fail(key, value, f"an array of {length:,} values", "E_TYPE")
+        if len(value) != length:
+            raise self.fail(key, f"{len(value):,} values", f"an array of {length:,} values", "E_SHAPE")
+        if isinstance(value, LazyArray):
+            found: list[object] = value.numbers().tolist()
+            return found
+        return list(value)

@@ -62,7 +62,7 @@ class ModelSpec:
 
         h = [norm](x)                 q, k, v = Wq h [+ b], Wk h [+ b], Wv h [+ b]       q, k = rope([norm](q), [norm](k))
         a = softmax(cap(s q k^T)) v   x += residual_scale * [post_norm](Wo a [+ b])
-        h = [norm](x)                 x += residual_scale * [post_norm](Wdown (act(Wgate h) * (Wup h)))     (gated)
+        h = [norm](x)                 x += residual_scale * [post_norm](Wdown (act(Wgate h [+ b]) * (Wup h [+ b])) [+ b])  (gated)
                                       x += residual_scale * [post_norm](Wdown act(Wup h [+ b]) [+ b])       (not gated)
                                       x += sum over the experts_used best of p_e * MLP_e(h), p = softmax(router h)   (experts)
         logits = cap(logit_scale * Whead norm(x)), x of the first layer = embed_scale * embedding rows, cap(z) = c tanh(z / c)
@@ -91,8 +91,8 @@ class ModelSpec:
     experts_used: int = 0
     expert_norm: bool = True  # the weights of the experts used are divided by their sum
     #: engine name -> source: "embed", "head", "final_norm[_bias]", and for layer i "blk.i." + one of TARGETS, "q_bias",
-    #: "k_bias", "v_bias", "o_bias", "up_bias", "down_bias", "attn_norm[_bias]", "attn_post_norm", "q_norm", "k_norm",
-    #: "mlp_norm[_bias]", "mlp_post_norm", "router"
+    #: "k_bias", "v_bias", "o_bias", "gate_bias", "up_bias", "down_bias", "attn_norm[_bias]", "attn_post_norm", "q_norm",
+    #: "k_norm", "mlp_norm[_bias]", "mlp_post_norm", "router"
     tensors: dict[str, Source] = field(default_factory=dict)
     #: sentences for the user: unused tensors, a context that was shortened
     notes: tuple[str, ...] = ()
