@@ -81,6 +81,9 @@ struct Avx2 {
   static void store_bytes(void* p, B x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
   static B band(B x, uint8_t mask) { return _mm256_and_si256(x, _mm256_set1_epi8(char(mask))); }
   static B bor(B a, B b) { return _mm256_or_si256(a, b); }
+  static B look_up(const uint8_t* table, B x) {
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), x);
+  }
   template <int N>
   static B shr(B x) {
     return _mm256_srli_epi16(x, N);

@@ -39,22 +39,23 @@ inline void i8_tile(const uint8_t* planes, const uint8_t* scales, size_t strip_b
       if (t % 2 == 0) __builtin_prefetch(scales + 2 * strip_bytes + 32 * t, 0, 2);
     }
     Q::template unpack<V>(plane, lane, w);
-    const F scale0 = Q::template scale<V>(scales, t, 0, lane);
-    F scale1 = scale0, minimum = scale0;
-    if constexpr (Q::groups == 2) scale1 = Q::template scale<V>(scales, t, 1, lane);
-    if constexpr (Q::has_min) minimum = Q::template min<V>(scales, t, lane);
+    constexpr int groups = Q::groups, granules = 8 / groups;
+    F scale[groups];
+    [[maybe_unused]] F minimum[groups];
+    for (int h = 0; h < groups; h++) {
+      scale[h] = Q::template scale<V>(scales, t, h, lane);
+      if constexpr (Q::has_min) minimum[h] = Q::template min<V>(scales, t, h, lane);
+    }
     for (int m = 0; m < M; m++) {
       const int8_t* x = q + (size_t(m) * tiles + t) * kTileCols * D;
       const ActBlock& b = blocks[size_t(m) * tiles + t];
       const F factor = V::set1(b.scale);
-      if constexpr (Q::groups == 1) {
-        const F dot = V::from_i32(exact_dot<V, Q, D>(w, x, 0, 8, b.sum[0] + b.sum[1]));
-        acc[m] = V::fma(dot, V::mul(scale0, factor), acc[m]);
-      } else {
-        acc[m] = V::fma(V::from_i32(exact_dot<V, Q, D>(w, x, 0, 4, b.sum[0])), V::mul(scale0, factor), acc[m]);
-        acc[m] = V::fma(V::from_i32(exact_dot<V, Q, D>(w, x, 4, 8, b.sum[1])), V::mul(scale1, factor), acc[m]);
+      for (int h = 0; h < groups; h++) {
+        const int sum = groups == 2 ? b.sum[h] : b.sum[0] + b.sum[1];
+        const F dot = V::from_i32(exact_dot<V, Q, D>(w, x, granules * h, granules * (h + 1), sum));
+        acc[m] = V::fma(dot, V::mul(scale[h], factor), acc[m]);
+        if constexpr (Q::has_min) acc[m] = V::fma(minimum[h], V::set1(groups == 2 ? b.scale * float(sum) : b.scaled_sum), acc[m]);
       }
-      if constexpr (Q::has_min) acc[m] = V::fma(minimum, V::set1(b.scaled_sum), acc[m]);
     }
   }
   for (int m = 0; m < M; m++) {
@@ -142,9 +143,10 @@ inline void decode_half_tile(const Matrix& w, int strip, int half, float* out) {
       using F = typename V::F;
       typename V::B codes[8];
       Q::template unpack<V>(plane, lane, codes);
-      const F scale = Q::template scale<V>(scales, tile, Q::groups == 2 ? half % 2 : 0, lane);
+      const int group = Q::groups == 2 ? half % 2 : 0;
+      const F scale = Q::template scale<V>(scales, tile, group, lane);
       F minimum = V::zero();
-      if constexpr (Q::has_min) minimum = Q::template min<V>(scales, tile, lane);
+      if constexpr (Q::has_min) minimum = Q::template min<V>(scales, tile, group, lane);
       const F zero = V::set1(float(Q::zero));
       auto put = [&](int j, F code) {
         F value = V::mul(scale, V::sub(code, zero));

@@ -77,6 +77,7 @@ struct Neon {
   static void store_bytes(void* p, B x) { vst1q_u8(static_cast<uint8_t*>(p), x); }
   static B band(B x, uint8_t mask) { return vandq_u8(x, vdupq_n_u8(mask)); }
   static B bor(B a, B b) { return vorrq_u8(a, b); }
+  static B look_up(const uint8_t* table, B x) { return vqtbl1q_u8(vld1q_u8(table), x); }
   template <int N>
   static B shr(B x) {
     return vshrq_n_u8(x, N);

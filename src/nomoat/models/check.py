@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 
 from nomoat.errors import ModelError, printable
+from nomoat.files.ggml import ADVICE, BLOCK_SHAPE
 from nomoat.models.spec import ModelSpec
 
 #: Weight formats the engine multiplies with; norms are vectors and must be plain floats.
-MATRIX_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+MATRIX_TYPES = tuple(kind.name for kind in BLOCK_SHAPE)
 VECTOR_TYPES = ("F32", "F16", "BF16")
 
 #: What is known about a tensor of the source file: (shape with rows first, type name).
@@ -71,9 +72,10 @@ def shapes_and_types(where: str, spec: ModelSpec, known: Mapping[str, Known]) ->
             )
         supported = VECTOR_TYPES if len(expected) == 1 else MATRIX_TYPES
         if kind not in supported:
+            advice = "norms must be plain floats" if len(expected) == 1 else ADVICE
             raise ModelError(
                 f"{where}: tensor `{printable(source)}` has type {printable(kind)}, which nomoat does not support; "
-                f"supported: {', '.join(supported)}",
+                f"{advice} (supported: {', '.join(supported)})",
                 code="E_DTYPE",
             )
 
