@@ -77,6 +77,7 @@ struct Avx512 {
     return _mm512_set1_epi32(four);
   }
   static I dot(I acc, B w, const int8_t* x) { return _mm512_dpbusd_epi32(acc, w, broadcast(x)); }
+  static constexpr int kWideZero = 0;
   static I dot_wide(I acc, B w, const int8_t* x) { return dot(acc, w, x); }
   template <int N>
   static F byte_to_f(B w) {

@@ -10,16 +10,17 @@ namespace {
 // ---- int8 activations: decode and prefill share this loop, so a row's result does not depend on how many rows there are ----
 
 // sum of W codes times one row's 16 (granules [first, last)) or 32 activations, less zero times their sum; exact. Two-digit
-// activations are 128 * high + low, their low digits 32 bytes behind the high ones.
+// activations are 128 * high + low, their low digits 32 bytes behind the high ones. Codes above 63 go to dot_wide, which may take
+// their zero, 128, off each of them.
 template <class V, class Q, int D>
 inline typename V::I exact_dot(const typename V::B* w, const int8_t* x, int first, int last, int sum) {
-  typename V::I low = V::iset1(-Q::zero * sum);
+  constexpr bool wide = Q::zero == 128;
+  typename V::I low = V::iset1((wide ? V::kWideZero - 128 : -Q::zero) * sum);
   const int8_t* digit = x + (D - 1) * kTileCols;
-  for (int g = first; g < last; g++)
-    low = Q::zero == 128 ? V::dot_wide(low, w[g], digit + 4 * g) : V::dot(low, w[g], digit + 4 * g);
+  for (int g = first; g < last; g++) low = wide ? V::dot_wide(low, w[g], digit + 4 * g) : V::dot(low, w[g], digit + 4 * g);
   if constexpr (D == 1) return low;
   typename V::I high = V::iset1(0);
-  for (int g = first; g < last; g++) high = Q::zero == 128 ? V::dot_wide(high, w[g], x + 4 * g) : V::dot(high, w[g], x + 4 * g);
+  for (int g = first; g < last; g++) high = wide ? V::dot_wide(high, w[g], x + 4 * g) : V::dot(high, w[g], x + 4 * g);
   return V::add_digit(low, high);
 }
 

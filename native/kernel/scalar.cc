@@ -63,6 +63,7 @@ struct Scalar {
     for (int i = 0; i < 4; i++) acc += int((w >> (8 * i)) & 255) * x[i];
     return acc;
   }
+  static constexpr int kWideZero = 0;
   static I dot_wide(I acc, B w, const int8_t* x) { return dot(acc, w, x); }
   template <int N>
   static F byte_to_f(B w) {
