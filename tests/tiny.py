@@ -132,8 +132,8 @@ def tiny_llama(
 ) -> Path:
     """Writes a GGUF with all matrices in `type` and returns its path. Widths must be multiples of the type's block.
 
-    `metadata` replaces keys (None drops one); `extra` adds F32 tensors by their GGUF names. For Q4_K, Q5_K and Q6_K the blocks
-    are random: only decoding matters.
+    `metadata` replaces keys (None drops one); `extra` adds F32 tensors by their GGUF names. In types that `gguf` cannot quantize
+    to, the blocks are random: only decoding matters.
     """
     shape = Shape(**dimensions)
     weights = tiny_weights(shape, seed) if weights is None else weights
@@ -167,25 +167,34 @@ def write_tensor(
     kind = gguf.GGMLQuantizationType[type]
     if type in ("F32", "F16"):
         writer.add_tensor(name, matrix.astype(np.float32 if type == "F32" else np.float16))
-    elif type.endswith("_K"):
+    elif type in _BLOCKS:
         assert rng is not None
         writer.add_tensor(name, random_blocks(type, matrix.shape[0], matrix.shape[1], rng), raw_dtype=kind)
     else:
         writer.add_tensor(name, quantize(matrix, kind), raw_dtype=kind)
 
 
-#: K-quant blocks of 256 weights: bytes, where their float16 scales are, and about the size of a weight per unit of scale
-_K_BLOCKS = {"Q4_K": (144, 0, 2, 250.0), "Q5_K": (176, 0, 2, 500.0), "Q6_K": (210, 208, None, 1400.0)}
+#: Types that `gguf` decodes but cannot quantize to: where a block's float16 d and dmin are, the middle of the codes where there
+#: are mins (weight = d * scale * q - dmin * min), and about the size of a weight per unit of d.
+_BLOCKS: dict[str, tuple[int, int | None, float, float]] = {
+    "Q2_K": (80, 82, 1.5, 14),
+    "Q3_K": (108, None, 0, 43),
+    "Q4_K": (0, 2, 7.5, 250),
+    "Q5_K": (0, 2, 15.5, 500),
+    "Q6_K": (208, None, 0, 1400),
+    "IQ4_NL": (0, None, 0, 67),
+    "IQ4_XS": (0, None, 0, 1250),
+}
 
 
 def random_blocks(type: str, rows: int, columns: int, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
     """Random valid blocks uint8 [rows, bytes] whose weights are about 1 / sqrt(columns) in size and centred near 0."""
-    size, d_at, dmin_at, spread = _K_BLOCKS[type]
-    blocks = rng.integers(0, 256, (rows * (columns // 256), size), dtype=np.uint8)
+    d_at, dmin_at, middle, spread = _BLOCKS[type]
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type]]
+    blocks = rng.integers(0, 256, (rows * (columns // block), size), dtype=np.uint8)
     d = (rng.uniform(0.5, 1.0, len(blocks)) / (spread * np.sqrt(columns))).astype("<f2")
     blocks[:, d_at : d_at + 2] = d.view(np.uint8).reshape(-1, 2)
-    if dmin_at is not None:  # weight = d * scale * q - dmin * min, with q in 0..15 (Q4_K) or 0..31 (Q5_K)
-        middle = 7.5 if type == "Q4_K" else 15.5
+    if dmin_at is not None:
         blocks[:, dmin_at : dmin_at + 2] = (d.astype(np.float32) * middle).astype("<f2").view(np.uint8).reshape(-1, 2)
     return blocks.reshape(rows, -1)
 
