@@ -38,8 +38,8 @@ struct Model {
         router(random_weights(Format::F32, kExperts, width_of(format), 400)),
         gate(random_weights(format, kExperts * ffn_of(format), width_of(format), 401)),
         up(random_weights(format, kExperts * ffn_of(format), width_of(format), 402)),
-        down(random_weights(format, kExperts * width_of(format), ffn_of(format), 403)),
-        norm(Random(404).floats(size_t(padded(width_of(format))), 0.5f, 1.5f)) {
+        down(random_weights(format, kExperts * width_of(format), ffn_of(format), 403)) {
+    norm = Random(404).floats(size_t(padded(engine.dims.width)), 0.5f, 1.5f);
     engine.experts_used = used;
     engine.expert_norm = expert_norm;
     Layer& own = engine.layers[0];

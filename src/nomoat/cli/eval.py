@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nomoat.cli.memory import larger_than_memory, say
 from nomoat.errors import InputError, printable
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ METRICS = (
 @click.option(
     "--samples", type=click.IntRange(0), default=3, show_default=True, help="Rows to show: wrong ones, or changed ones."
 )
+@larger_than_memory
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--markdown", is_flag=True, help="Print a Markdown table.")
 @click.option(
@@ -67,6 +69,7 @@ def command(
     mapping: tuple[str, ...],
     output: Path | None,
     samples: int,
+    larger_than_memory: bool,
     as_json: bool,
     markdown: bool,
     text: Path | None,
@@ -89,7 +92,7 @@ def command(
     if (rows is None) == (text is None):
         raise click.UsageError("give either ROWS or --perplexity FILE")
     if text is not None:
-        _perplexity(model, text, context, stride, limit, as_json)
+        _perplexity(model, text, context, stride, limit, larger_than_memory, as_json)
         return
     assert rows is not None
     from nomoat.data.readers import read_examples
@@ -101,7 +104,7 @@ def command(
     if max_tokens is not None and metric == "loss":
         raise click.UsageError("--max-tokens has no meaning for --metric loss: nothing is generated")
     results: dict[str, Result] = {}
-    for name, opened, stack in _open_all([model] if against is None else [against, model]):
+    for name, opened, stack in _open_all([model] if against is None else [against, model], larger_than_memory):
         results[name] = _evaluate(name, opened, stack, chosen, metric, max_tokens, batch)
     if output is not None:
         _write(output, results, model)
@@ -109,7 +112,7 @@ def command(
     _report(results, comparison, samples, as_json, markdown)
 
 
-def _open_all(names: list[str]) -> Iterator[tuple[str, Model, Stack | None]]:
+def _open_all(names: list[str], larger_than_memory: bool) -> Iterator[tuple[str, Model, Stack | None]]:
     """Each model in turn; one that shares its base with the one before is not loaded again."""
     from nomoat.adapters.open import open_model, stack_for
     from nomoat.adapters.stack import parse_model_name
@@ -124,7 +127,8 @@ def _open_all(names: list[str]) -> Iterator[tuple[str, Model, Stack | None]]:
         if model is not None and parse_model_name(name)[0] == base:
             yield name, model, stack_for(model, name)
             continue
-        base, (model, stack) = parse_model_name(name)[0], open_model(name)
+        base = parse_model_name(name)[0]
+        model, stack = open_model(name, larger_than_memory=larger_than_memory, tell=say)
         yield name, model, stack
 
 
@@ -169,7 +173,9 @@ def _report(results: dict[str, Result], comparison: Any, samples: int, as_json: 
         report.print_misses(console, next(iter(results.values())), samples)
 
 
-def _perplexity(model: str, file: Path, context: int, stride: int | None, limit: int | None, as_json: bool) -> None:
+def _perplexity(
+    model: str, file: Path, context: int, stride: int | None, limit: int | None, larger_than_memory: bool, as_json: bool
+) -> None:
     from dataclasses import asdict
 
     from nomoat.adapters.open import open_model
@@ -184,7 +190,7 @@ def _perplexity(model: str, file: Path, context: int, stride: int | None, limit:
     except UnicodeDecodeError as fault:
         raise InputError(f"{printable(str(file))} is not UTF-8 text (byte {fault.start:,})", code="E_UTF8") from None
     fetch_missing(model)
-    opened, stack = open_model(model)
+    opened, stack = open_model(model, larger_than_memory=larger_than_memory, tell=say)
     convention = "llama.cpp" if stride is None else "strided"
     with progress_bar(model) as progress:
         result = perplexity(
