@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nomoat.cli.eval_task import check_task_options, score_task, task_options
+from nomoat.cli.memory import larger_than_memory, say
 from nomoat.errors import InputError, printable
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ METRICS = (
 )
 @click.option("--output", type=click.Path(path_type=Path), help="Write every row with its answer and score to this .jsonl file.")
 @click.option("--show", type=click.IntRange(0), default=3, show_default=True, help="Rows to show: wrong ones, or changed ones.")
+@larger_than_memory
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--markdown", is_flag=True, help="Print a Markdown table.")
 @click.option(
@@ -69,6 +71,7 @@ def command(
     mapping: tuple[str, ...],
     output: Path | None,
     show: int,
+    larger_than_memory: bool,
     as_json: bool,
     markdown: bool,
     text: Path | None,
@@ -95,10 +98,10 @@ def command(
         raise click.UsageError("give one of ROWS, --task NAME and --perplexity FILE")
     check_task_options(click.get_current_context())
     if task is not None:
-        score_task(task, model, against, limit, max_tokens, batch, output, show, as_json, markdown, **of_task)
+        score_task(task, model, against, limit, max_tokens, batch, output, show, larger_than_memory, as_json, markdown, **of_task)
         return
     if text is not None:
-        _perplexity(model, text, context, stride, limit, as_json)
+        _perplexity(model, text, context, stride, limit, larger_than_memory, as_json)
         return
     assert rows is not None
     from nomoat.data.readers import read_examples
@@ -110,7 +113,7 @@ def command(
     if max_tokens is not None and metric == "loss":
         raise click.UsageError("--max-tokens has no meaning for --metric loss: nothing is generated")
     results: dict[str, Result] = {}
-    for name, opened, stack in open_all([model] if against is None else [against, model]):
+    for name, opened, stack in open_all([model] if against is None else [against, model], larger_than_memory):
         results[name] = _evaluate(name, opened, stack, chosen, metric, max_tokens, batch)
     if output is not None:
         _write(output, results, model)
@@ -118,7 +121,7 @@ def command(
     _report(results, comparison, show, as_json, markdown)
 
 
-def open_all(names: list[str]) -> Iterator[tuple[str, Model, Stack | None]]:
+def open_all(names: list[str], larger_than_memory: bool) -> Iterator[tuple[str, Model, Stack | None]]:
     """Each model in turn; one that shares its base with the one before is not loaded again."""
     from nomoat.adapters.open import open_model, stack_for
     from nomoat.adapters.stack import parse_model_name
@@ -133,7 +136,8 @@ def open_all(names: list[str]) -> Iterator[tuple[str, Model, Stack | None]]:
         if model is not None and parse_model_name(name)[0] == base:
             yield name, model, stack_for(model, name)
             continue
-        base, (model, stack) = parse_model_name(name)[0], open_model(name)
+        base = parse_model_name(name)[0]
+        model, stack = open_model(name, larger_than_memory=larger_than_memory, tell=say)
         yield name, model, stack
 
 
@@ -178,7 +182,9 @@ def _report(results: dict[str, Result], comparison: Any, show: int, as_json: boo
         report.print_misses(console, next(iter(results.values())), show)
 
 
-def _perplexity(model: str, file: Path, context: int, stride: int | None, limit: int | None, as_json: bool) -> None:
+def _perplexity(
+    model: str, file: Path, context: int, stride: int | None, limit: int | None, larger_than_memory: bool, as_json: bool
+) -> None:
     from dataclasses import asdict
 
     from nomoat.adapters.open import open_model
@@ -193,7 +199,7 @@ def _perplexity(model: str, file: Path, context: int, stride: int | None, limit:
     except UnicodeDecodeError as fault:
         raise InputError(f"{printable(str(file))} is not UTF-8 text (byte {fault.start:,})", code="E_UTF8") from None
     fetch_missing(model)
-    opened, stack = open_model(model)
+    opened, stack = open_model(model, larger_than_memory=larger_than_memory, tell=say)
     convention = "llama.cpp" if stride is None else "strided"
     with progress_bar(model) as progress:
         result = perplexity(

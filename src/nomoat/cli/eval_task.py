@@ -86,6 +86,7 @@ def score_task(
     batch: int,
     output: Path | None,
     show: int,
+    larger_than_memory: bool,
     as_json: bool,
     markdown: bool,
     *,
@@ -113,7 +114,7 @@ def score_task(
     path = run.find_data(chosen, data)
     digest, problems = file_digest(path), sample_rows(chosen.read(path), limit)
     results: dict[str, TaskResult] = {}
-    for name, opened, stack in open_all([model] if against is None else [against, model]):
+    for name, opened, stack in open_all([model] if against is None else [against, model], larger_than_memory):
         style: Style = prompt or ("complete" if opened.template is None else "chat")
         began = time.perf_counter()
         with progress_bar(f"{name}: answers") as progress:
