@@ -30,8 +30,8 @@ class Sampling:
 
     temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and the neutral penalties switch those off. The penalties look at the
     answer so far. `stop` strings end the answer and are not part of it; `stop_tokens` end it besides the model's own. An answer
-    that `continues` the text of the prompt keeps a space at its beginning, also in models that put one before any text. `speculate`
-    changes the speed, never the answer.
+    that `continues` the text of the prompt keeps a space at its beginning, also in models that put one before any text.
+    `speculate` changes the speed, never the answer.
     """
 
     temperature: float = 0.0
