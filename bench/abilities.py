@@ -27,9 +27,9 @@ SAMPLES = 2
 #: What differs from the defaults of `nomoat train`.
 RECIPES: dict[str, dict[str, Any]] = {
     "clinc150": {"learning_rate": 1e-3},
-    "wnut17": {"learning_rate": 1e-3, "epochs": 2},
+    "wnut17": {"learning_rate": 1e-3, "epochs": 3},
     "wikisql": {"learning_rate": 1e-3, "epochs": 2},
-    "nl2bash": {"learning_rate": 1e-3, "epochs": 1},
+    "nl2bash": {"learning_rate": 1e-3, "epochs": 2},
     "bfcl": {"learning_rate": 1e-3, "batch_sequences": 4},
     "sms_spam": {"learning_rate": 1e-3},
     "gsm8k": {"learning_rate": 1e-3},

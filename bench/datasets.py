@@ -137,7 +137,7 @@ def nl2bash(shared: Path, train_rows: int | None, test_rows: int | None, seed: i
     asked = {row["messages"][0]["content"] for row in test}
     rest = [made(text, command) for command in order[held_out:] for text in by_command[command]]
     rest = [row for row in rest if row["messages"][0]["content"] not in asked]  # one request may have several commands
-    return Dataset("nl2bash", sample_rows(rest, train_rows or 3_000, "nl2bash train", seed), test, "exact", "MIT")
+    return Dataset("nl2bash", sample_rows(rest, train_rows, "nl2bash train", seed), test, "exact", "MIT")
 
 
 def bfcl(shared: Path, train_rows: int | None, test_rows: int | None, seed: int) -> Dataset:

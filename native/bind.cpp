@@ -138,39 +138,97 @@ struct PyEngine : Engine {
   void check_layer(int layer) const {
     require(layer >= 0 && layer < dims.layers, "layer " + std::to_string(layer) + " of " + std::to_string(dims.layers));
   }
+  // Everything that a layer cannot run without has been set.
+  void check_complete(int layer) const {
+    const Layer& own = layers[size_t(layer)];
+    for (int target = 0; target < kTargets; target++)
+      require(own.w[size_t(target)].data || (target == kGate && !dims.gated),
+              "layer " + std::to_string(layer) + ": weight " + std::to_string(target) + " has not been set");
+    require(!own.experts || own.router.data, "layer " + std::to_string(layer) + ": the router has not been set");
+    require(!own.q_norm == !own.k_norm, "layer " + std::to_string(layer) + ": norms of q and k come together");
+  }
+  void check_head() const { require(head.data && final_norm, "the head or its norm has not been set"); }
 };
 
-PyEngine* make_engine(int layers, int width, int heads, int kv_heads, int head_dim, int ffn, int vocab, int context, int window,
-                      float eps, bool interleaved, const ConstFloats& inv_freq, float rope_magnitude) {
-  require(layers > 0 && width > 0 && heads > 0 && kv_heads > 0 && head_dim > 0 && ffn > 0 && vocab > 0,
-          "dimensions must be positive");
-  require(heads % kv_heads == 0 && heads / kv_heads <= 16, "query heads must be 1 to 16 times the kv heads");
+void init_engine(PyEngine* self, int layers, int width, int head_dim, int vocab, int context, float eps, bool layer_norm,
+                 bool gelu, bool gated, int qk_norm, std::optional<float> score_scale, float score_cap, float logit_cap,
+                 float logit_scale, float embed_scale, float residual_scale, int experts_used, bool expert_norm) {
+  require(layers > 0 && width > 0 && head_dim > 0 && vocab > 0, "dimensions must be positive");
   require(head_dim % 2 == 0 && head_dim <= 512, "head dimension must be even and at most 512");
-  const int rope_dim = int(inv_freq.size()) * 2;
-  require(rope_dim <= head_dim, "rope dimension exceeds the head dimension");
-  auto* engine = new PyEngine(
-      Dims{layers, width, heads, kv_heads, head_dim, ffn, vocab, context, window, eps, interleaved, rope_dim, rope_magnitude});
-  engine->inv_freq.assign(inv_freq.data(), inv_freq.data() + inv_freq.size());
-  return engine;
+  require(qk_norm >= 0 && qk_norm <= 2, "qk_norm: expected 0, 1 or 2");
+  require(score_cap >= 0 && logit_cap >= 0, "caps must not be negative");
+  const float scale = score_scale.value_or(1.0f / std::sqrt(float(head_dim)));
+  new (self) PyEngine(Dims{layers, width, head_dim, vocab, context, eps, scale, score_cap, logit_cap, logit_scale, embed_scale,
+                           residual_scale, layer_norm, gelu, gated, QkNorm(qk_norm)});
+  self->experts_used = experts_used;
+  self->expert_norm = expert_norm;
+}
+
+void add_rope(PyEngine& e, bool interleaved, const ConstFloats& inv_freq, float magnitude) {
+  require(int(inv_freq.size()) * 2 <= e.dims.head_dim, "rope dimension exceeds the head dimension");
+  Rope rope;
+  rope.interleaved = interleaved;
+  rope.magnitude = magnitude;
+  rope.inv_freq.assign(inv_freq.data(), inv_freq.data() + inv_freq.size());
+  e.ropes.push_back(std::move(rope));
+}
+
+void set_layer(PyEngine& e, int layer, int heads, int kv_heads, int ffn, int window, int rope, int experts) {
+  e.check_layer(layer);
+  require(heads > 0 && kv_heads > 0 && ffn > 0, "dimensions must be positive");
+  require(heads % kv_heads == 0 && heads / kv_heads <= kMaxGroup,
+          "query heads must be 1 to " + std::to_string(kMaxGroup) + " times the kv heads");
+  require(window >= 0 && experts >= 0, "window and experts must not be negative");
+  require(rope >= -1 && rope < int(e.ropes.size()), "rope " + std::to_string(rope) + " of " + std::to_string(e.ropes.size()));
+  require(!experts || (ffn % kStripRows == 0 && e.dims.width % kStripRows == 0), "rows of experts must be a multiple of 16");
+  Layer& own = e.layers[size_t(layer)] = Layer{};  // its weights come later
+  own.heads = heads, own.kv_heads = kv_heads, own.ffn = ffn;
+  own.window = window, own.rope = rope, own.experts = experts;
 }
 
 void set_linear(PyEngine& e, int layer, int target, int format, const ConstBytes& packed) {
   e.check_layer(layer);
-  const Dims& d = e.dims;
-  const int rows[] = {d.q_width(), d.kv_width(), d.kv_width(), d.width, d.ffn, d.ffn, d.width};
-  const int cols[] = {d.width, d.width, d.width, d.q_width(), d.width, d.width, d.ffn};
   require(target >= 0 && target < kTargets, "unknown target");
-  e.layers[size_t(layer)].w[size_t(target)] = matrix_view(format, rows[target], cols[target], packed);
+  Layer& own = e.layers[size_t(layer)];
+  const auto [rows, cols] = linear_shape(e.dims, own, target);
+  own.w[size_t(target)] = matrix_view(format, rows, cols, packed);
 }
 
-void set_norm(PyEngine& e, int layer, int which, const ConstFloats& weight) {
-  require(int(weight.size()) == padded(e.dims.width), "norm weight must be padded to 32");
-  if (which == 2) {
-    e.final_norm = weight.data();
-    return;
-  }
+void set_router(PyEngine& e, int layer, int format, const ConstBytes& packed) {
   e.check_layer(layer);
-  (which == 0 ? e.layers[size_t(layer)].attn_norm : e.layers[size_t(layer)].mlp_norm) = weight.data();
+  Layer& own = e.layers[size_t(layer)];
+  own.router = matrix_view(format, own.experts, e.dims.width, packed);
+}
+
+// Vectors of a layer by the last part of their engine name: those as wide as the residual stream, biases by target.
+constexpr std::pair<const char*, const float* Layer::*> kWide[] = {
+    {"attn_norm", &Layer::attn_norm}, {"attn_norm_bias", &Layer::attn_norm_bias}, {"attn_post_norm", &Layer::attn_post_norm},
+    {"mlp_norm", &Layer::mlp_norm},   {"mlp_norm_bias", &Layer::mlp_norm_bias},   {"mlp_post_norm", &Layer::mlp_post_norm},
+};
+constexpr const char* kBias[kTargets] = {"q_bias", "k_bias", "v_bias", "o_bias", "", "up_bias", "down_bias"};
+
+void set_vector(PyEngine& e, int layer, const std::string& name, const ConstFloats& values) {
+  const float** place = nullptr;
+  int length = e.dims.width;
+  if (layer == -1) {
+    place = name == "final_norm" ? &e.final_norm : name == "final_norm_bias" ? &e.final_norm_bias : nullptr;
+  } else {
+    e.check_layer(layer);
+    Layer& own = e.layers[size_t(layer)];
+    for (auto [known, member] : kWide)
+      if (name == known) place = &(own.*member);
+    for (int target = 0; target < kTargets; target++)
+      if (name == kBias[target]) place = &own.bias[size_t(target)], length = linear_shape(e.dims, own, target).first;
+    if (name == "q_norm" || name == "k_norm") {
+      require(e.dims.qk_norm != QkNorm::none, "vector '" + name + "', but qk_norm is 0");
+      place = name == "q_norm" ? &own.q_norm : &own.k_norm;
+      length = (e.dims.qk_norm == QkNorm::head ? 1 : name == "q_norm" ? own.heads : own.kv_heads) * e.dims.head_dim;
+    }
+  }
+  require(place, "vector '" + name + "' of layer " + std::to_string(layer) + " is not known");
+  require(length > 0 && int(values.size()) == padded(length),
+          "vector '" + name + "': " + std::to_string(values.size()) + " values, expected " + std::to_string(padded(length)));
+  *place = values.data();
 }
 
 void set_table(PyEngine& e, bool head, int format, const ConstBytes& packed) {
@@ -199,7 +257,7 @@ void set_lora(PyLora& lora, int layer, int target, const ConstFloats& a, const C
 }
 
 struct PyTape : Tape {
-  PyTape(const PyEngine& e, const std::string& precision) : Tape(e.dims, mode_of(precision)), mode(mode_of(precision)) {
+  PyTape(const PyEngine& e, const std::string& precision) : Tape(e, mode_of(precision)), mode(mode_of(precision)) {
     require(mode != Mode::int8, "a tape needs precision bf16 or f32");
   }
   Mode mode;
@@ -209,6 +267,8 @@ void forward_layer(PyEngine& e, int layer, const std::string& precision, const F
   e.check_layer(layer);
   e.check_rows(nb::ndarray<>(x), b.batch.rows, e.dims.width, "x");
   const Mode mode = mode_of(precision);
+  e.check_complete(layer);
+  require(cache.holds(layer, e.layers[size_t(layer)].kv_heads), "the cache was made for an engine with other layers");
   nb::gil_scoped_release release;
   cache.reserve(b.highest_page + 1);
   attention_forward(e, layer, mode, x.data(), b.batch, cache, layer, nullptr);
@@ -218,6 +278,8 @@ void forward_layer(PyEngine& e, int layer, const std::string& precision, const F
 void record_layer(PyEngine& e, int layer, const Floats& x, const PyBatch& b, PyTape& tape) {
   e.check_layer(layer);
   e.check_rows(nb::ndarray<>(x), b.batch.rows, e.dims.width, "x");
+  e.check_complete(layer);
+  require(tape.scratch.holds(0, e.layers[size_t(layer)].kv_heads), "the tape was made for an engine with other layers");
   nb::gil_scoped_release release;
   tape.scratch.reserve(b.highest_page + 1);
   const bool keep = tape.keep[size_t(layer)];
@@ -230,6 +292,7 @@ void record_layer(PyEngine& e, int layer, const Floats& x, const PyBatch& b, PyT
 void backward_layer(PyEngine& e, int layer, const Floats& dx, const PyBatch& b, PyTape& tape, bool need_dx) {
   e.check_layer(layer);
   e.check_rows(nb::ndarray<>(dx), b.batch.rows, e.dims.width, "dx");
+  e.check_complete(layer);
   nb::gil_scoped_release release;
   const LayerTape* own = &tape.kept[size_t(layer)];
   if (!tape.keep[size_t(layer)]) {
@@ -324,7 +387,12 @@ void bind_state(nb::module_& m) {
       .def_prop_ro("rows", [](const PyBatch& b) { return b.batch.rows; });
   nb::class_<KvCache>(m, "KvCache")
       .def(
-          "__init__", [](KvCache* self, const PyEngine& e, bool f32) { new (self) KvCache(e.dims.layers, e.dims, f32); },
+          "__init__",
+          [](KvCache* self, const PyEngine& e, bool f32) {
+            std::vector<int> kv_heads;
+            for (const Layer& layer : e.layers) kv_heads.push_back(layer.kv_heads);
+            new (self) KvCache(e.dims, kv_heads, f32);
+          },
           nb::arg("engine"), nb::arg("f32") = false)
       .def("reserve", &KvCache::reserve, nb::arg("pages"))
       .def_prop_ro("pages", &KvCache::pages)
@@ -337,17 +405,14 @@ void bind_state(nb::module_& m) {
 
 void bind_engine(nb::module_& m) {
   nb::class_<PyEngine>(m, "Engine")
-      .def(
-          "__init__",
-          [](PyEngine* self, int layers, int width, int heads, int kv_heads, int head_dim, int ffn, int vocab, int context,
-             int window, float eps, bool interleaved, const ConstFloats& inv_freq, float rope_magnitude) {
-            std::unique_ptr<PyEngine> made(make_engine(layers, width, heads, kv_heads, head_dim, ffn, vocab, context, window, eps,
-                                                       interleaved, inv_freq, rope_magnitude));
-            new (self) PyEngine(std::move(*made));
-          },
-          nb::arg("layers"), nb::arg("width"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("head_dim"), nb::arg("ffn"),
-          nb::arg("vocab"), nb::arg("context"), nb::arg("window"), nb::arg("eps"), nb::arg("interleaved"), array("inv_freq"),
-          nb::arg("rope_magnitude"))
+      .def("__init__", &init_engine, nb::arg("layers"), nb::arg("width"), nb::arg("head_dim"), nb::arg("vocab"),
+           nb::arg("context"), nb::arg("eps"), nb::arg("layer_norm") = false, nb::arg("gelu") = false, nb::arg("gated") = true,
+           nb::arg("qk_norm") = 0, nb::arg("score_scale") = nb::none(), nb::arg("score_cap") = 0.0f, nb::arg("logit_cap") = 0.0f,
+           nb::arg("logit_scale") = 1.0f, nb::arg("embed_scale") = 1.0f, nb::arg("residual_scale") = 1.0f,
+           nb::arg("experts_used") = 0, nb::arg("expert_norm") = true)
+      .def("add_rope", &add_rope, nb::arg("interleaved"), array("inv_freq"), nb::arg("magnitude") = 1.0f)
+      .def("set_layer", &set_layer, nb::arg("layer"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("ffn"),
+           nb::arg("window") = 0, nb::arg("rope") = 0, nb::arg("experts") = 0)
       .def(
           "set_digits",
           [](PyEngine& e, int product, int digits) {
@@ -356,13 +421,15 @@ void bind_engine(nb::module_& m) {
           },
           nb::arg("product"), nb::arg("digits"))
       .def("set_linear", &set_linear, nb::arg("layer"), nb::arg("target"), nb::arg("format"), array("packed"))
-      .def("set_norm", &set_norm, nb::arg("layer"), nb::arg("which"), array("weight"))
+      .def("set_router", &set_router, nb::arg("layer"), nb::arg("format"), array("packed"))
+      .def("set_vector", &set_vector, nb::arg("layer"), nb::arg("name"), array("values"))
       .def("set_table", &set_table, nb::arg("head"), nb::arg("format"), array("packed"))
       .def(
           "embed",
           [](PyEngine& e, const ConstInts& tokens, const Floats& x) {
             e.check_rows(nb::ndarray<>(x), int(tokens.shape(0)), e.dims.width, "x");
             check_ids(tokens, e.dims.vocab, "token");
+            require(e.embed.data, "the embedding has not been set");
             nb::gil_scoped_release release;
             embed_rows(e, tokens.data(), int(tokens.shape(0)), x.data());
           },
@@ -378,6 +445,7 @@ void bind_engine(nb::module_& m) {
             require(x.ndim() == 2 && int(x.shape(1)) == padded(e.dims.width), "x must be [rows, width padded to 32]");
             check_ids(rows, int(x.shape(0)), "row");
             e.check_rows(nb::ndarray<>(logits), int(rows.shape(0)), e.dims.vocab, "logits");
+            e.check_head();
             const Mode mode = mode_of(precision);
             nb::gil_scoped_release release;
             head_logits(e, mode, x.data(), rows.data(), int(rows.shape(0)), logits.data());
@@ -397,6 +465,7 @@ void bind_engine(nb::module_& m) {
               require(d_logp->size() == n, "d_logp must have one value a row");
               e.check_rows(nb::ndarray<>(*dx), int(x.shape(0)), e.dims.width, "dx");
             }
+            e.check_head();
             const Mode mode = mode_of(precision);
             nb::gil_scoped_release release;
             head_logprobs(e, mode, x.data(), rows.data(), targets.data(), int(n), logp.data(), d_logp ? d_logp->data() : nullptr,

@@ -100,7 +100,7 @@ def test_permutation_keeps_the_adapted_weight() -> None:
     parts = to_base_rows(w.astype(np.float32), "q", SPEC) + to_base_rows(b.astype(np.float32), "q", SPEC) @ a
     np.testing.assert_allclose(permuted, parts, atol=1e-5)
     assert np.array_equal(to_huggingface_rows(permuted, "q", SPEC), (w + b @ a).astype(np.float32))
-    straight = replace(SPEC, rope=replace(SPEC.rope, interleaved=False))
+    straight = replace(SPEC, ropes=(replace(SPEC.ropes[0], interleaved=False),))
     assert np.array_equal(to_base_rows(b.astype(np.float32), "q", straight), b.astype(np.float32))
 
 

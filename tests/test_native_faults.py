@@ -145,10 +145,15 @@ def test_sampling_gives_back_a_logit_that_is_no_number() -> None:
 # ---- calls ---------------------------------------------------------------------------------------------------------------
 
 
-def engine(**changes: Any) -> _native.Engine:
-    dimensions: dict[str, Any] = {"layers": 1, "width": 32, "heads": 2, "kv_heads": 1, "head_dim": 16, "ffn": 32, "vocab": 40}
-    rest = {"context": 64, "window": 0, "eps": 1e-5, "interleaved": False, "rope_magnitude": 1.0}
-    return _native.Engine(**(dimensions | rest | {"inv_freq": np.ones(8, np.float32)} | changes))
+LAYER: dict[str, int] = {"heads": 2, "kv_heads": 1, "ffn": 32}
+
+
+def engine(layer: dict[str, int] = LAYER, **changes: Any) -> _native.Engine:
+    dimensions: dict[str, Any] = {"layers": 1, "width": 32, "head_dim": 16, "vocab": 40, "context": 64, "eps": 1e-5}
+    made = _native.Engine(**(dimensions | changes))
+    made.add_rope(False, np.ones(8, np.float32), 1.0)
+    made.set_layer(0, **(LAYER | layer))
+    return made
 
 
 def batch(
@@ -168,17 +173,29 @@ def ids(*values: int) -> np.ndarray:
 
 REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: engine(layers=0), "positive"),
-    (lambda: engine(heads=3, kv_heads=2), "times the kv heads"),
-    (lambda: engine(heads=34, kv_heads=2), "times the kv heads"),
+    (lambda: engine({"ffn": 0}), "positive"),
+    (lambda: engine({"heads": 3, "kv_heads": 2}), "times the kv heads"),
+    (lambda: engine({"heads": 130, "kv_heads": 2}), "times the kv heads"),
+    (lambda: engine({"window": -1}), "window"),
+    (lambda: engine({"rope": 1}), "rope 1 of 1"),
+    (lambda: engine({"experts": 4, "ffn": 24}), "multiple of 16"),
+    (lambda: engine(qk_norm=3), "qk_norm"),
+    (lambda: engine(score_cap=-1.0), "caps"),
     (lambda: engine(head_dim=15), "head dimension"),
     (lambda: engine(head_dim=1024), "head dimension"),
-    (lambda: engine(inv_freq=np.ones(9, np.float32)), "rope dimension"),
+    (lambda: engine().add_rope(False, np.ones(9, np.float32), 1.0), "rope dimension"),
+    (lambda: engine().set_layer(1, **LAYER), "layer 1 of 1"),
     (lambda: engine().set_linear(0, 0, 2, np.zeros(10, np.uint8)), "packed weights"),
     (lambda: engine().set_linear(1, 0, 2, np.zeros(10, np.uint8)), "layer 1 of 1"),
     (lambda: engine().set_linear(-1, 0, 2, np.zeros(10, np.uint8)), "layer -1 of 1"),
     (lambda: engine().set_linear(0, 7, 2, np.zeros(10, np.uint8)), "target"),
     (lambda: engine().set_linear(0, 0, 99, np.zeros(10, np.uint8)), "format 99"),
-    (lambda: engine().set_norm(0, 0, floats(31)), "norm"),
+    (lambda: engine().set_vector(0, "attn_norm", floats(31)), "'attn_norm': 31 values, expected 32"),
+    (lambda: engine().set_vector(0, "q_bias", floats(64)), "expected 32"),
+    (lambda: engine().set_vector(0, "q_norm", floats(32)), "qk_norm is 0"),
+    (lambda: engine().set_vector(0, "gate_bias", floats(32)), "not known"),
+    (lambda: engine().set_vector(-1, "attn_norm", floats(32)), "not known"),
+    (lambda: engine().set_vector(1, "attn_norm", floats(32)), "layer 1 of 1"),
     (lambda: batch(starts=(0, 0)), "non-empty"),
     (lambda: batch(starts=(1, 3)), "consecutive"),
     (lambda: batch(starts=(0, -3)), "non-empty"),
@@ -198,9 +215,12 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: engine().forward_layer(0, "int8", floats(2, 32), batch(), _native.KvCache(engine())), "x must be"),
     (lambda: engine().forward_layer(1, "int8", floats(3, 32), batch(), _native.KvCache(engine())), "layer 1"),
     (lambda: engine().forward_layer(0, "int4", floats(3, 32), batch(), _native.KvCache(engine())), "int4"),
+    (lambda: engine().forward_layer(0, "int8", floats(3, 32), batch(), _native.KvCache(engine())), "weight 0 has not been set"),
+    (lambda: engine().embed(ids(0), floats(1, 32)), "embedding has not been set"),
     (lambda: _native.Tape(engine(), "int8"), "bf16 or f32"),
     (lambda: engine().logits("f32", floats(2, 32), ids(2), floats(1, 64)), "row 2"),
     (lambda: engine().logits("f32", floats(2, 32), ids(1), floats(1, 40)), "logits must be"),
+    (lambda: engine().logits("f32", floats(2, 32), ids(1), floats(1, 64)), "head or its norm has not been set"),
     (lambda: engine().logprobs("f32", floats(2, 32), ids(0), ids(40), floats(1)), "target 40"),
     (lambda: engine().logprobs("f32", floats(2, 32), ids(0), ids(1), floats(2)), "agree in length"),
     (lambda: engine().logprobs("f32", floats(2, 32), ids(0), ids(1), floats(1), floats(1)), "come together"),

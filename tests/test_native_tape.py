@@ -30,7 +30,7 @@ def step(model: Model, precision: str, budget: int) -> list[bytes]:
 @pytest.mark.parametrize("type", ["Q4_1", "F16"])
 def test_any_budget_gives_the_same_bits(type: str, precision: str, tmp_path: Path) -> None:
     model = Model.load(tiny_llama(tmp_path / "model.gguf", type=type, layers=3), threads=1)
-    layer = 52 * activation_bytes(model.spec, 4 * 7, precision)
+    layer = 52 * activation_bytes(model.spec, 0, 4 * 7, precision)
     whole = step(model, precision, ACTIVATION_BUDGET)
     for budget in (0, layer, 2 * layer, 3 * layer):  # none, one, two and all of the layers are kept
         assert step(model, precision, budget) == whole

@@ -46,20 +46,21 @@ struct Pool {
     for (std::thread& t : threads) t.join();
   }
 
+  // Returns when all tasks are done, which does not need every worker: one that the system has not woken yet, because other
+  // programs run, finds nothing left to claim.
   void run(int count, void (*function)(void*, int, int), void* argument) {
     call = function;
     context = argument;
-    tasks = count;
     failure = nullptr;
-    next.store(0, std::memory_order_relaxed);
-    busy.store(int(threads.size()), std::memory_order_relaxed);
+    done.store(0, std::memory_order_relaxed);
+    claims.store(uint64_t(count) << 32, std::memory_order_release);
     {
       std::lock_guard<std::mutex> lock(mutex);
       generation.fetch_add(1, std::memory_order_release);
     }
     wake.notify_all();
     drain(0);
-    for (int i = 0; busy.load(std::memory_order_acquire) != 0; i++) {
+    for (int i = 0; done.load(std::memory_order_acquire) != count; i++) {
       if (i < kSpins)
         pause_cpu();
       else
@@ -68,10 +69,14 @@ struct Pool {
     if (failure) std::rethrow_exception(failure);
   }
 
+  // While a claimed task is not done, run() does not return: `call` and `context` belong to that claim.
   void drain(int thread) {
+    int mine = 0;
     for (;;) {
-      const int task = next.fetch_add(1, std::memory_order_relaxed);
-      if (task >= tasks) return;
+      const uint64_t claim = claims.fetch_add(1, std::memory_order_acq_rel);
+      const int task = int(uint32_t(claim)), tasks = int(claim >> 32);
+      if (task >= tasks) break;
+      mine++;
       try {
         call(context, task, thread);
       } catch (...) {
@@ -79,6 +84,7 @@ struct Pool {
         if (!failure) failure = std::current_exception();
       }
     }
+    if (mine) done.fetch_add(mine, std::memory_order_release);
   }
 
   void work(int thread) {
@@ -92,7 +98,6 @@ struct Pool {
       seen = generation.load(std::memory_order_acquire);
       if (stopping.load()) return;
       drain(thread);
-      busy.fetch_sub(1, std::memory_order_release);
     }
   }
 
@@ -101,9 +106,8 @@ struct Pool {
   std::condition_variable wake;
   std::atomic<uint64_t> generation{0};
   std::atomic<bool> stopping{false};
-  std::atomic<int> next{0};
-  std::atomic<int> busy{0};
-  int tasks = 0;
+  std::atomic<uint64_t> claims{0};  // tasks of the region in the upper half, the next one to claim in the lower
+  std::atomic<int> done{0};
   void (*call)(void*, int, int) = nullptr;
   void* context = nullptr;
   std::exception_ptr failure;

@@ -47,6 +47,11 @@ inline void score_block(const float* const* q, const T* block, int dim, float* c
   }
 }
 
+template <class V>
+inline void cap_scores(float* scores, int count, float cap) {
+  for (int k = 0; k < count; k += V::W) V::store(scores + k, capped<V>(V::load(scores + k), cap));
+}
+
 // In place: scores -> exp(scores - max), zero outside [first, last]; returns the sum and the max.
 template <class V>
 inline float soften(float* scores, int padded, int first, int last, float* maximum) {
@@ -122,6 +127,7 @@ void attend_rows(const AttendArgs& a, int virtual_row, int padded) {
   for (int r = 0; r < R; r++) {
     const int row = (virtual_row + r) / a.heads, head = (virtual_row + r) % a.heads, position = a.first_position + row;
     const int start = a.window && position >= a.window ? position - a.window + 1 : 0;
+    if (a.cap != 0) cap_scores<V>(scores[r] + begin, end - begin, a.cap);
     float maximum;
     const float sum = soften<V>(scores[r] + begin, end - begin, start - begin, position - begin, &maximum);
     inverse[r] = 1.0f / sum;
@@ -151,6 +157,7 @@ void attend_f32(const AttendArgs& a) {
 
 // ---- backward --------------------------------------------------------------------------------------------------------
 // With p = softmax(s), s = q k^T:  dv = p^T do;  dp = do v^T;  ds = p * (dp - sum(do * out));  dq = ds k;  dk = ds^T q.
+// With a cap, p = softmax(y), y = cap tanh(s / cap), and ds has the factor 1 - (y / cap)^2.
 // Rows are taken kAttendRows at a time with all heads of the group, so that dk and dv are read and written once for them.
 
 // out[k] += sum_r c[r][k] x[r] for K keys and one vector of dimensions
@@ -174,8 +181,9 @@ inline void block_keys(const float* keys, int count, int dim, float* blocks) {
 
 // Rows [row, row + rows) of one segment: p[r][key] and ds[r][key] of their virtual rows.
 struct BackwardRows {
-  const float *q[64], *d_out[64];
-  float *p[64], *ds[64];
+  static constexpr int most = kAttendRows * kMaxGroup;
+  const float *q[most], *d_out[most];
+  float *p[most], *ds[most];
   int row, total, begin, last;  // virtual rows; keys [begin, last], begin a multiple of 16
 };
 
@@ -198,10 +206,13 @@ inline void weigh_rows(const AttendBackwardArgs& a, const BackwardRows& b, int r
     typename V::F dots = V::zero();
     for (int d = 0; d < a.dim; d += V::W) dots = V::fma(V::load(out + d), V::load(b.d_out[r] + d), dots);
     const typename V::F lse = V::set1(a.lse[size_t(row) * a.lse_stride + r % a.heads]), delta = V::set1(V::sum(dots));
+    if (a.cap != 0) cap_scores<V>(b.p[r] + b.begin, end - b.begin, a.cap);
     for (int key = b.begin; key < end; key += V::W) {
-      const typename V::F weight = vexp<V>(V::sub(V::load(b.p[r] + key), lse));
+      const typename V::F score = V::load(b.p[r] + key), weight = vexp<V>(V::sub(score, lse));
+      typename V::F ds = V::mul(weight, V::sub(V::load(b.ds[r] + key), delta));
+      if (a.cap != 0) ds = V::mul(ds, cap_slope<V>(score, a.cap));
       V::store(b.p[r] + key, weight);
-      V::store(b.ds[r] + key, V::mul(weight, V::sub(V::load(b.ds[r] + key), delta)));
+      V::store(b.ds[r] + key, ds);
     }
     for (int key = b.begin; key < start; key++) b.p[r][key] = b.ds[r][key] = 0;
     for (int key = position + 1; key < end; key++) b.p[r][key] = b.ds[r][key] = 0;

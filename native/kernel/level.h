@@ -31,8 +31,13 @@ constexpr Kernels make_kernels(Level level) {
   k.to_f32 = to_f32<V>;
   k.rms_norm = rms_norm<V>;
   k.rms_norm_backward = rms_norm_backward<V>;
-  k.silu_mul = silu_mul<V>;
-  k.silu_mul_backward = silu_mul_backward<V>;
+  k.center = center<V>;
+  k.silu_mul = act_mul<V, Silu<V>>;
+  k.silu_mul_backward = act_mul_backward<V, Silu<V>>;
+  k.gelu_mul = act_mul<V, Gelu<V>>;
+  k.gelu_mul_backward = act_mul_backward<V, Gelu<V>>;
+  k.soft_cap = soft_cap<V>;
+  k.soft_cap_backward = soft_cap_backward<V>;
   k.axpy = axpy<V>;
   k.log_sum_exp = log_sum_exp<V>;
   k.softmax_bf16 = softmax_bf16<V>;

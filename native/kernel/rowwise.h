@@ -109,27 +109,81 @@ void rms_norm_backward(const float* x, const float* w, const float* dy, int cols
 }
 
 template <class V>
+void center(const float* x, int cols, float* y) {
+  const int whole = cols / 16 * 16;
+  Sixteen<V> sum = Sixteen<V>::zero();
+  for (int i = 0; i < whole; i += 16)
+    for (int j = 0; j < Sixteen<V>::N; j++) sum.at[j] = V::add(sum.at[j], V::load(x + i + j * V::W));
+  float total = sum.total();
+  for (int i = whole; i < cols; i++) total += x[i];
+  const float mean = total / float(cols);
+  for (int i = 0; i < whole; i += V::W) V::store(y + i, V::sub(V::load(x + i), V::set1(mean)));
+  for (int i = whole; i < cols; i++) y[i] = x[i] - mean;
+  for (int i = cols; i < round_up(cols, 16); i++) y[i] = 0;
+}
+
+template <class V>
 inline typename V::F sigmoid(typename V::F x) {
   return V::div(V::set1(1.0f), V::add(V::set1(1.0f), vexp<V>(V::sub(V::zero(), x))));
 }
 
 template <class V>
-void silu_mul(const float* gate, const float* up, int count, float* out) {
+struct Silu {
+  using F = typename V::F;
+  static F value(F x) { return V::mul(x, sigmoid<V>(x)); }
+  // s * (1 + x * (1 - s)), s = sigmoid(x)
+  static F slope(F x, F& value) {
+    const F one = V::set1(1.0f), s = sigmoid<V>(x);
+    value = V::mul(x, s);
+    return V::mul(s, V::fma(x, V::sub(one, s), one));
+  }
+};
+
+// With z = 2 sqrt(2 / pi) (x + c x^3) and s = sigmoid(z): gelu = x s, gelu' = s + x s (1 - s) z'
+template <class V>
+struct Gelu {
+  using F = typename V::F;
+  static F gate(F x, F square) {
+    return sigmoid<V>(V::mul(V::mul(x, V::set1(1.5957691f)), V::fma(square, V::set1(0.044715f), V::set1(1.0f))));
+  }
+  static F value(F x) { return V::mul(x, gate(x, V::mul(x, x))); }
+  static F slope(F x, F& value) {
+    const F one = V::set1(1.0f), square = V::mul(x, x), s = gate(x, square);
+    value = V::mul(x, s);
+    const F dz = V::mul(V::set1(1.5957691f), V::fma(square, V::set1(3 * 0.044715f), one));
+    return V::fma(V::mul(value, V::sub(one, s)), dz, s);
+  }
+};
+
+template <class V, class Act>
+void act_mul(const float* gate, const float* up, int count, float* out) {
   for (int i = 0; i < count; i += V::W) {
-    const typename V::F g = V::load(gate + i);
-    V::store(out + i, V::mul(V::mul(g, sigmoid<V>(g)), V::load(up + i)));
+    const typename V::F value = Act::value(V::load(gate + i));
+    V::store(out + i, up ? V::mul(value, V::load(up + i)) : value);
   }
 }
 
-// silu'(g) = s * (1 + g * (1 - s)), s = sigmoid(g)
-template <class V>
-void silu_mul_backward(const float* gate, const float* up, const float* d_out, int count, float* d_gate, float* d_up) {
-  const typename V::F one = V::set1(1.0f);
+template <class V, class Act>
+void act_mul_backward(const float* gate, const float* up, const float* d_out, int count, float* d_gate, float* d_up) {
   for (int i = 0; i < count; i += V::W) {
-    const typename V::F g = V::load(gate + i), s = sigmoid<V>(g), d = V::load(d_out + i), u = V::load(up + i);
-    V::store(d_up + i, V::mul(d, V::mul(g, s)));
-    V::store(d_gate + i, V::mul(V::mul(d, u), V::mul(s, V::fma(g, V::sub(one, s), one))));
+    typename V::F d = V::load(d_out + i), value;
+    const typename V::F slope = Act::slope(V::load(gate + i), value);
+    if (up) {
+      V::store(d_up + i, V::mul(d, value));
+      d = V::mul(d, V::load(up + i));
+    }
+    V::store(d_gate + i, V::mul(d, slope));
   }
+}
+
+template <class V>
+void soft_cap(float* x, float cap, int count) {
+  for (int i = 0; i < count; i += V::W) V::store(x + i, capped<V>(V::load(x + i), cap));
+}
+
+template <class V>
+void soft_cap_backward(const float* x, float cap, int count, float* d) {
+  for (int i = 0; i < count; i += V::W) V::store(d + i, V::mul(V::load(d + i), cap_slope<V>(V::load(x + i), cap)));
 }
 
 template <class V>

@@ -31,6 +31,7 @@ struct AttendArgs {
   int q_stride;             // floats between rows
   int first_position;       // position of row 0; row i sees keys [max(0, p - window + 1), p], p = first_position + i
   int window;               // 0 = all
+  float cap;                // scores become cap * tanh(score / cap); 0 = they stay
   const uint8_t* const* k;  // page -> keys [4 blocks of 16][dim / 2][16][2] bf16, or [4][dim][16] f32
   const uint8_t* const* v;  // page -> values [64][dim]
   float* out;               // [rows][heads][dim], stride q_stride
@@ -40,13 +41,13 @@ struct AttendArgs {
 };
 
 // One segment and one kv head, all in float32. `scale` is the one that the forward pass put into q. The first `before` keys
-// belong to rows that other segments share: query row i sees keys [0, before + i].
+// belong to rows that other segments share: query row i sees keys [0, before + i]. At most kMaxGroup heads.
 struct AttendBackwardArgs {
   const float *q, *out, *d_out;  // [count][heads][dim], q already scaled, stride q_stride
   const float *k, *v;            // [before + count][dim]
   const float* lse;              // [count][heads], stride lse_stride
   int count, heads, dim, q_stride, lse_stride, window;
-  float scale;
+  float scale, cap;
   float* dq;       // [count][heads][dim], stride q_stride
   float *dk, *dv;  // [before + count rounded up to 8][dim], added to; rows behind the last get zeros added
   float* scratch;  // attend_backward_scratch(before + count, heads, dim) floats
@@ -54,6 +55,7 @@ struct AttendBackwardArgs {
 };
 
 constexpr int kAttendRows = 4;  // query rows taken together by the attention kernels
+constexpr int kMaxGroup = 64;   // query heads that share a kv head
 
 inline int64_t attend_backward_scratch(int key_count, int heads, int dim) {
   const int64_t keys = round_up(key_count, 16);
@@ -101,9 +103,17 @@ struct Kernels {
   void (*rms_norm)(const float* x, const float* w, int cols, float eps, float* y);
   // dx += d(rms_norm)/dx applied to dy
   void (*rms_norm_backward)(const float* x, const float* w, const float* dy, int cols, float eps, float* dx);
-  // out = silu(gate) * up;  d_gate, d_up from d_out
+  // y = x - mean(x), y may be x: what makes layer norm of rms_norm
+  void (*center)(const float* x, int cols, float* y);
+  // out = act(gate) * up, or act(gate) where up is null;  d_gate, d_up from d_out.  silu(x) = x sigmoid(x),
+  // gelu(x) = x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)), which is its tanh form
   void (*silu_mul)(const float* gate, const float* up, int count, float* out);
   void (*silu_mul_backward)(const float* gate, const float* up, const float* d_out, int count, float* d_gate, float* d_up);
+  void (*gelu_mul)(const float* gate, const float* up, int count, float* out);
+  void (*gelu_mul_backward)(const float* gate, const float* up, const float* d_out, int count, float* d_gate, float* d_up);
+  // x = cap * tanh(x / cap);  d *= 1 - (x / cap)^2 with that x
+  void (*soft_cap)(float* x, float cap, int count);
+  void (*soft_cap_backward)(const float* x, float cap, int count, float* d);
   // x[i] += y[i] * factor
   void (*axpy)(const float* y, float factor, int count, float* x);
   // returns log(sum(exp(x)))

@@ -1,7 +1,8 @@
-// x += Wo attend(rope(Wq h), rope(Wk h), Wv h), h = norm(x): causal attention with grouped heads over a paged cache.
-// Backward reads the tape: x, the rotated and scaled q, k, v, the attended values, the log-sum-exp of every row and head.
+// x += [norm] Wo attend(rope([norm] Wq h), rope([norm] Wk h), Wv h), h = [norm] x: causal attention with grouped heads over a
+// paged cache. Backward reads the tape: x, the rotated and scaled q and k (before their norms, where they have norms), v, the
+// attended values, the log-sum-exp of every row and head, and what a post-norm needs.
 
-#include <cmath>
+#include <algorithm>
 
 #include "op/engine.h"
 
@@ -9,16 +10,90 @@ namespace nomoat {
 
 namespace {
 
+// One layer's heads: how they are rotated, and how wide rows of them are.
+struct Heads {
+  const Dims& dims;
+  const Layer& own;
+  Rope& rope;
+  const float* angles;                     // rope.table of every position of the batch
+  int d, q, kv, heads_q, heads_kv, group;  // padded residual, q and kv product widths; [heads][head_stride] widths
+
+  Heads(Engine& engine, int layer, const Batch& batch)
+      : dims(engine.dims), own(engine.layers[size_t(layer)]), rope(engine.rope_of(own)) {
+    int furthest = 0;
+    for (const Segment& s : batch.segments) furthest = std::max(furthest, s.position + s.count);
+    angles = rope.table(furthest);
+    d = padded(dims.width);
+    q = padded(own.heads * dims.head_dim);
+    kv = padded(own.kv_heads * dims.head_dim);
+    heads_q = own.heads * dims.head_stride();
+    heads_kv = own.kv_heads * dims.head_stride();
+    group = own.heads / own.kv_heads;
+  }
+};
+
 // One head: from[head_dim] -> to[head_stride], rotated by `sign` times its position's angles and multiplied by `factor`.
-void rotate(const Dims& dims, const float* from, const float* table, float sign, float factor, float* to) {
-  const int half = dims.rope_dim / 2;
+void rotate(const Heads& h, const float* from, int position, float sign, float factor, float* to) {
+  const int half = h.rope.pairs();
+  const float* table = h.angles + size_t(position) * half * 2;
   for (int i = 0; i < half; i++) {
-    const int a = dims.interleaved ? 2 * i : i, b = dims.interleaved ? 2 * i + 1 : i + half;
+    const int a = h.rope.interleaved ? 2 * i : i, b = h.rope.interleaved ? 2 * i + 1 : i + half;
     const float c = table[2 * i], s = sign * table[2 * i + 1], x = from[a], y = from[b];
     to[a] = (x * c - y * s) * factor;
     to[b] = (x * s + y * c) * factor;
   }
-  for (int i = 2 * half; i < dims.head_dim; i++) to[i] = from[i] * factor;
+  for (int i = 2 * half; i < h.dims.head_dim; i++) to[i] = from[i] * factor;
+}
+
+// A norm over each head's values or over the whole row: how many parts a row has, and how long they are.
+struct NormParts {
+  int count, cols, room;  // room = cols padded to 16
+
+  NormParts(const Dims& dims, int heads)
+      : count(dims.qk_norm == QkNorm::row ? 1 : heads),
+        cols(dims.qk_norm == QkNorm::row ? heads * dims.head_dim : dims.head_dim),
+        room(round_up(cols, 16)) {}
+};
+
+// norm(x) of the heads of one row, in `spare`; x itself where there is no norm.
+const float* norm_heads(const Dims& dims, const float* x, const float* weight, int heads, std::vector<float>& spare) {
+  if (!weight) return x;
+  const NormParts parts(dims, heads);
+  spare.assign(size_t(parts.count) * parts.cols + 2 * parts.room, 0.0f);
+  float *y = spare.data(), *part = y + parts.count * parts.cols + parts.room;  // one part with zeros behind it
+  for (int i = 0; i < parts.count; i++) {
+    std::memcpy(part, x + i * parts.cols, size_t(parts.cols) * sizeof(float));
+    kernels().rms_norm(part, weight, parts.cols, dims.eps, y + i * parts.cols);  // the next part overwrites the padding
+  }
+  return y;
+}
+
+// In place: the gradient of every row's norm_heads becomes that of x.
+void norm_heads_backward(const Dims& dims, const float* x, const float* weight, int rows, int heads, int stride, float* d) {
+  const NormParts parts(dims, heads);
+  for_rows(rows, 8, [&](int first, int last) {
+    std::vector<float> spare(size_t(3) * parts.room);
+    float *own = spare.data(), *dy = own + parts.room, *dx = dy + parts.room;
+    const size_t bytes = size_t(parts.cols) * sizeof(float);
+    for (int m = first; m < last; m++)
+      for (int i = 0; i < parts.count; i++) {
+        const size_t at = size_t(m) * stride + size_t(i) * parts.cols;
+        std::memcpy(own, x + at, bytes);
+        std::memcpy(dy, d + at, bytes);
+        std::fill(dx, dx + parts.room, 0.0f);
+        kernels().rms_norm_backward(own, weight, dy, parts.cols, dims.eps, dx);
+        std::memcpy(d + at, dx, bytes);
+      }
+  });
+}
+
+// q and k of one row, [heads * head_dim] -> [heads][head_stride]: normed, rotated by its position, the scores' scale in q.
+void turn_row(const Heads& h, int position, const float* q, const float* k, float* q_to, float* k_to, std::vector<float>& spare) {
+  const int dim = h.dims.head_dim, stride = h.dims.head_stride();
+  q = norm_heads(h.dims, q, h.own.q_norm, h.own.heads, spare);
+  for (int i = 0; i < h.own.heads; i++) rotate(h, q + i * dim, position, 1, h.dims.score_scale, q_to + i * stride);
+  k = norm_heads(h.dims, k, h.own.k_norm, h.own.kv_heads, spare);
+  for (int i = 0; i < h.own.kv_heads; i++) rotate(h, k + i * dim, position, 1, 1, k_to + i * stride);
 }
 
 void write_key(const KvCache& cache, const float* key, int dim, uint8_t* page, int slot) {
@@ -44,56 +119,38 @@ void write_value(const KvCache& cache, const float* value, int dim, uint8_t* pag
     kernels().to_bf16(value, dim, reinterpret_cast<bf16*>(page) + size_t(slot) * dim);
 }
 
-struct Widths {
-  int d, q, kv, heads_q, heads_kv;  // padded residual, q and kv product widths; [heads][head_stride] widths
-
-  explicit Widths(const Dims& dims)
-      : d(padded(dims.width)),
-        q(padded(dims.q_width())),
-        kv(padded(dims.kv_width())),
-        heads_q(dims.heads * dims.head_stride()),
-        heads_kv(dims.kv_heads * dims.head_stride()) {}
-};
-
-// Rotates q and k, puts the rows' keys and values into the cache.
-void place(Engine& engine, const Batch& batch, const KvCache& cache, int cache_layer, const Widths& w) {
-  const Dims& dims = engine.dims;
-  const int stride = dims.head_stride(), half = dims.rope_dim / 2;
-  int furthest = 0;
-  for (const Segment& s : batch.segments) furthest = s.position + s.count > furthest ? s.position + s.count : furthest;
-  const float* table = engine.rope_table(furthest);
-  const float scale = 1.0f / std::sqrt(float(dims.head_dim));
+// Turns q and k, puts the rows' keys and values into the cache.
+void place(Engine& engine, const Batch& batch, const KvCache& cache, int cache_layer, const Heads& h) {
+  const int dim = h.dims.head_dim, stride = h.dims.head_stride();
   float *q = engine.attn_q.data<float>(), *k = engine.attn_k.data<float>(), *v = engine.attn_v.data<float>();
   for (const Segment& s : batch.segments)
     for_rows(s.count, 16, [&](int first, int last) {
+      std::vector<float> spare;
       for (int i = first; i < last; i++) {
         const size_t m = size_t(s.row + i);
         const int position = s.position + i, page = s.pages[position / kPageTokens], slot = position % kPageTokens;
-        const float* angles = table + size_t(position) * half * 2;
-        for (int h = 0; h < dims.heads; h++)
-          rotate(dims, engine.q.data<float>() + m * w.q + h * dims.head_dim, angles, 1, scale, q + m * w.heads_q + h * stride);
-        for (int h = 0; h < dims.kv_heads; h++) {
-          float *key = k + m * w.heads_kv + h * stride, *value = v + m * w.heads_kv + h * stride;
-          rotate(dims, engine.k.data<float>() + m * w.kv + h * dims.head_dim, angles, 1, 1, key);
-          std::memcpy(value, engine.v.data<float>() + m * w.kv + h * dims.head_dim, size_t(dims.head_dim) * sizeof(float));
-          write_key(cache, key, stride, cache.keys(page, cache_layer, h), slot);
-          write_value(cache, value, stride, cache.values(page, cache_layer, h), slot);
+        turn_row(h, position, engine.q.data<float>() + m * h.q, engine.k.data<float>() + m * h.kv, q + m * h.heads_q,
+                 k + m * h.heads_kv, spare);
+        for (int head = 0; head < h.own.kv_heads; head++) {
+          float *key = k + m * h.heads_kv + head * stride, *value = v + m * h.heads_kv + head * stride;
+          std::memcpy(value, engine.v.data<float>() + m * h.kv + head * dim, size_t(dim) * sizeof(float));
+          write_key(cache, key, stride, cache.keys(page, cache_layer, head), slot);
+          write_value(cache, value, stride, cache.values(page, cache_layer, head), slot);
         }
       }
     });
   // Whole pages of a shared prefix are shared; each segment has a copy of what the prefix puts into its first own page.
   for (size_t i = 1; batch.prefix && i < batch.segments.size(); i++)
     for (int position = batch.prefix / kPageTokens * kPageTokens; position < batch.prefix; position++)
-      for (int h = 0; h < dims.kv_heads; h++) {
-        const size_t at = size_t(position) * w.heads_kv + size_t(h) * stride;
+      for (int head = 0; head < h.own.kv_heads; head++) {
+        const size_t at = size_t(position) * h.heads_kv + size_t(head) * stride;
         const int page = batch.segments[i].pages[position / kPageTokens], slot = position % kPageTokens;
-        write_key(cache, k + at, stride, cache.keys(page, cache_layer, h), slot);
-        write_value(cache, v + at, stride, cache.values(page, cache_layer, h), slot);
+        write_key(cache, k + at, stride, cache.keys(page, cache_layer, head), slot);
+        write_value(cache, v + at, stride, cache.values(page, cache_layer, head), slot);
       }
 }
 
-void attend_all(Engine& engine, const Batch& batch, const KvCache& cache, int cache_layer, const Widths& w, float* lse) {
-  const Dims& dims = engine.dims;
+void attend_all(Engine& engine, const Batch& batch, const KvCache& cache, int cache_layer, const Heads& h, float* lse) {
   constexpr int chunk = 16;  // rows a task
   struct Task {
     int segment, first, count, head;
@@ -101,7 +158,7 @@ void attend_all(Engine& engine, const Batch& batch, const KvCache& cache, int ca
   std::vector<Task> tasks;
   for (int i = 0; i < int(batch.segments.size()); i++)
     for (int first = 0; first < batch.segments[i].count; first += chunk)
-      for (int head = 0; head < dims.kv_heads; head++) {
+      for (int head = 0; head < h.own.kv_heads; head++) {
         const int left = batch.segments[i].count - first;
         tasks.push_back({i, first, left < chunk ? left : chunk, head});
       }
@@ -109,7 +166,7 @@ void attend_all(Engine& engine, const Batch& batch, const KvCache& cache, int ca
     const Task& t = tasks[index];
     const Segment& s = batch.segments[t.segment];
     const int last = s.position + t.first + t.count, pages = (last + kPageTokens - 1) / kPageTokens;
-    const size_t scores = size_t(t.count) * dims.group() * round_up(last, 16);
+    const size_t scores = size_t(t.count) * h.group * round_up(last, 16);
     float* scratch = engine.thread_scratch[thread].get<float>(scores + size_t(pages) * 4);
     const uint8_t** k = reinterpret_cast<const uint8_t**>(scratch + scores);  // scores is a multiple of 16 floats
     const uint8_t** v = k + pages;
@@ -117,213 +174,228 @@ void attend_all(Engine& engine, const Batch& batch, const KvCache& cache, int ca
       k[p] = cache.keys(s.pages[p], cache_layer, t.head);
       v[p] = cache.values(s.pages[p], cache_layer, t.head);
     }
-    const int stride = dims.head_stride(), head = t.head * dims.group();
-    const size_t row = size_t(s.row + t.first), offset = row * w.heads_q + size_t(head) * stride;
+    const int stride = h.dims.head_stride(), head = t.head * h.group;
+    const size_t row = size_t(s.row + t.first), offset = row * h.heads_q + size_t(head) * stride;
     AttendArgs a;
     a.q = engine.attn_q.data<float>() + offset;
     a.rows = t.count;
-    a.heads = dims.group();
+    a.heads = h.group;
     a.dim = stride;
-    a.q_stride = w.heads_q;
+    a.q_stride = h.heads_q;
     a.first_position = s.position + t.first;
-    a.window = dims.window;
+    a.window = h.own.window;
+    a.cap = h.dims.score_cap;
     a.k = k;
     a.v = v;
     a.out = engine.mixed.data<float>() + offset;
-    a.lse = lse ? lse + row * dims.heads + head : nullptr;
-    a.lse_stride = dims.heads;
+    a.lse = lse ? lse + row * h.own.heads + head : nullptr;
+    a.lse_stride = h.own.heads;
     a.scratch = scratch;
     (cache.f32() ? kernels().attend_f32 : kernels().attend_bf16)(a);
   });
 }
 
 // [M][heads][head_stride] <-> [M][padded heads * head_dim]
-void flatten(const Dims& dims, const float* from, int rows, const Widths& w, float* to) {
+void flatten(const Heads& h, const float* from, int rows, float* to) {
+  const int dim = h.dims.head_dim, stride = h.dims.head_stride();
   for_rows(rows, 32, [&](int first, int last) {
     for (int m = first; m < last; m++)
-      for (int h = 0; h < dims.heads; h++)
-        std::memcpy(to + size_t(m) * w.q + h * dims.head_dim, from + size_t(m) * w.heads_q + h * dims.head_stride(),
-                    size_t(dims.head_dim) * sizeof(float));
+      for (int i = 0; i < h.own.heads; i++)
+        std::memcpy(to + size_t(m) * h.q + i * dim, from + size_t(m) * h.heads_q + i * stride, size_t(dim) * sizeof(float));
+  });
+  clear_padding(to, rows, h.own.heads * dim, h.q);
+}
+
+void spread(const Heads& h, const float* from, int rows, float* to) {
+  const int dim = h.dims.head_dim, stride = h.dims.head_stride();
+  for_rows(rows, 32, [&](int first, int last) {
+    for (int m = first; m < last; m++)
+      for (int i = 0; i < h.own.heads; i++)
+        std::memcpy(to + size_t(m) * h.heads_q + i * stride, from + size_t(m) * h.q + i * dim, size_t(dim) * sizeof(float));
   });
 }
 
-void spread(const Dims& dims, const float* from, int rows, const Widths& w, float* to) {
-  for_rows(rows, 32, [&](int first, int last) {
-    for (int m = first; m < last; m++)
-      for (int h = 0; h < dims.heads; h++)
-        std::memcpy(to + size_t(m) * w.heads_q + h * dims.head_stride(), from + size_t(m) * w.q + h * dims.head_dim,
-                    size_t(dims.head_dim) * sizeof(float));
-  });
-}
-
-// What the tape and the output product give to attention's backward; widths as in `Widths`.
+// What the tape and the output product give to attention's backward; widths as in `Heads`.
 struct AttentionGradients {
   const float *q, *k, *v, *mixed, *d_mixed, *lse;
 };
 
 // Gradients of one row's key and value, in the cache's layout, become those of the products: the rotation is undone.
-void put_key_value(Engine& engine, const Widths& w, int row, int position, int kv_head, const float* dk, const float* dv) {
-  const Dims& dims = engine.dims;
-  const float* angles = engine.rope_table(position + 1) + size_t(position) * (dims.rope_dim / 2) * 2;
-  const size_t at = size_t(row) * w.kv + size_t(kv_head) * dims.head_dim;
-  rotate(dims, dk, angles, -1, 1, engine.dk.data<float>() + at);
-  std::memcpy(engine.dv.data<float>() + at, dv, size_t(dims.head_dim) * sizeof(float));
+void put_key_value(Engine& engine, const Heads& h, int row, int position, int kv_head, const float* dk, const float* dv) {
+  const size_t at = size_t(row) * h.kv + size_t(kv_head) * h.dims.head_dim;
+  rotate(h, dk, position, -1, 1, engine.dk.data<float>() + at);
+  std::memcpy(engine.dv.data<float>() + at, dv, size_t(h.dims.head_dim) * sizeof(float));
 }
 
 // dq, dk, dv of one segment and kv head, in float32. `shared` takes what it adds to the keys and values of a shared prefix,
 // [prefix][dim] of each; for the prefix itself that is all of it.
-void backward_task(Engine& engine, const Batch& batch, int index, int kv_head, const Widths& w, const AttentionGradients& g,
+void backward_task(Engine& engine, const Batch& batch, int index, int kv_head, const Heads& h, const AttentionGradients& g,
                    float* shared, int thread) {
-  const Dims& dims = engine.dims;
   const Segment& s = batch.segments[size_t(index)];
   const int before = index ? batch.prefix : 0, key_count = before + s.count;
-  const int dim = dims.head_stride(), keys = round_up(key_count, 16), group = dims.group();
+  const int dim = h.dims.head_stride(), keys = round_up(key_count, 16), group = h.group;
   const size_t rows = size_t(keys) * dim;
   float* own = engine.thread_scratch[thread].get<float>(4 * rows + size_t(attend_backward_scratch(key_count, group, dim)));
   float *k_rows = own, *v_rows = own + rows, *dk = own + 2 * rows, *dv = own + 3 * rows;
   std::memset(dk, 0, 2 * rows * sizeof(float));
   for (int i = 0; i < key_count; i++) {
     const int row = i < before ? i : s.row + i - before;
-    const size_t at = size_t(row) * w.heads_kv + size_t(kv_head) * dim;
+    const size_t at = size_t(row) * h.heads_kv + size_t(kv_head) * dim;
     std::memcpy(k_rows + size_t(i) * dim, g.k + at, size_t(dim) * sizeof(float));
     std::memcpy(v_rows + size_t(i) * dim, g.v + at, size_t(dim) * sizeof(float));
   }
-  const size_t offset = size_t(s.row) * w.heads_q + size_t(kv_head) * group * dim;
+  const size_t offset = size_t(s.row) * h.heads_q + size_t(kv_head) * group * dim;
   AttendBackwardArgs a;
   a.q = g.q + offset;
   a.out = g.mixed + offset;
   a.d_out = g.d_mixed + offset;
   a.k = k_rows;
   a.v = v_rows;
-  a.lse = g.lse + size_t(s.row) * dims.heads + size_t(kv_head) * group;
+  a.lse = g.lse + size_t(s.row) * h.own.heads + size_t(kv_head) * group;
   a.count = s.count;
   a.before = before;
   a.heads = group;
   a.dim = dim;
-  a.q_stride = w.heads_q;
-  a.lse_stride = dims.heads;
-  a.window = dims.window;
-  a.scale = 1.0f / std::sqrt(float(dims.head_dim));
+  a.q_stride = h.heads_q;
+  a.lse_stride = h.own.heads;
+  a.window = h.own.window;
+  a.scale = h.dims.score_scale;
+  a.cap = h.dims.score_cap;
   a.dq = engine.mixed.data<float>() + offset;
   a.dk = dk;
   a.dv = dv;
   a.scratch = own + 4 * rows;
   kernels().attend_backward(a);
-  const float* table = engine.rope_table(s.position + s.count);
   for (int i = 0; i < s.count; i++) {
     const size_t m = size_t(s.row + i);
     for (int head = kv_head * group; head < (kv_head + 1) * group; head++)
-      rotate(dims, engine.mixed.data<float>() + m * w.heads_q + size_t(head) * dim,
-             table + size_t(s.position + i) * (dims.rope_dim / 2) * 2, -1, 1,
-             engine.dq.data<float>() + m * w.q + head * dims.head_dim);
+      rotate(h, engine.mixed.data<float>() + m * h.heads_q + size_t(head) * dim, s.position + i, -1, 1,
+             engine.dq.data<float>() + m * h.q + head * h.dims.head_dim);
   }
   if (batch.prefix) {
     std::memcpy(shared, dk, size_t(batch.prefix) * dim * sizeof(float));
     std::memcpy(shared + size_t(batch.prefix) * dim, dv, size_t(batch.prefix) * dim * sizeof(float));
   }
   for (int i = batch.prefix && !index ? s.count : 0; i < s.count; i++)
-    put_key_value(engine, w, s.row + i, s.position + i, kv_head, dk + size_t(before + i) * dim, dv + size_t(before + i) * dim);
+    put_key_value(engine, h, s.row + i, s.position + i, kv_head, dk + size_t(before + i) * dim, dv + size_t(before + i) * dim);
 }
 
 // Adds up, in order of segments, what all of them gave to the keys and values of the shared prefix.
-void gather_shared(Engine& engine, const Batch& batch, const Widths& w, float* shared, size_t block) {
-  const int kv_heads = engine.dims.kv_heads, dim = engine.dims.head_stride();
+void gather_shared(Engine& engine, const Batch& batch, const Heads& h, float* shared, size_t block) {
+  const int kv_heads = h.own.kv_heads, dim = h.dims.head_stride();
   parallel_for(kv_heads, [&](int head, int) {
     float* sum = shared + size_t(head) * block;
     for (size_t i = 1; i < batch.segments.size(); i++)
       kernels().axpy(shared + (i * size_t(kv_heads) + size_t(head)) * block, 1, int(block), sum);
     for (int i = 0; i < batch.prefix; i++)
-      put_key_value(engine, w, i, i, head, sum + size_t(i) * dim, sum + size_t(batch.prefix + i) * dim);
+      put_key_value(engine, h, i, i, head, sum + size_t(i) * dim, sum + size_t(batch.prefix + i) * dim);
   });
+}
+
+// Gradients of the products q, k and v, in engine.dq, dk and dv, from that of the attended values.
+void attend_all_backward(Engine& engine, Mode mode, const Batch& batch, const Heads& h, const LayerTape& tape, const float* flat,
+                         const float* d_flat) {
+  const Layer& own = h.own;
+  const size_t rows = size_t(batch.rows);
+  float *mixed = engine.attn_q.get<float>(rows * h.heads_q), *d_mixed = engine.attn_k.get<float>(rows * h.heads_q);
+  spread(h, flat, batch.rows, mixed);
+  spread(h, d_flat, batch.rows, d_mixed);
+  const bool norms = own.q_norm;
+  const float* kept_q = load_rows(mode, tape.q, rows * (norms ? h.q : h.heads_q), engine.q);
+  const float* kept_k = load_rows(mode, tape.k, rows * (norms ? h.kv : h.heads_kv), engine.k);
+  const float *q = kept_q, *k = kept_k, *v = load_rows(mode, tape.v, rows * h.heads_kv, engine.v);
+  if (norms) {
+    float *q_to = engine.turned_q.get<float>(rows * h.heads_q), *k_to = engine.turned_k.get<float>(rows * h.heads_kv);
+    for (const Segment& s : batch.segments)
+      for_rows(s.count, 16, [&](int first, int last) {
+        std::vector<float> spare;
+        for (size_t m = size_t(s.row + first); m < size_t(s.row + last); m++)
+          turn_row(h, s.position + int(m) - s.row, kept_q + m * h.q, kept_k + m * h.kv, q_to + m * h.heads_q,
+                   k_to + m * h.heads_kv, spare);
+      });
+    q = q_to, k = k_to;
+  }
+  engine.mixed.get<float>(rows * h.heads_q);
+  float *dq = engine.dq.get<float>(rows * h.q), *dk = engine.dk.get<float>(rows * h.kv), *dv = engine.dv.get<float>(rows * h.kv);
+  const int segments = int(batch.segments.size());
+  const size_t block = size_t(2) * batch.prefix * h.dims.head_stride();
+  float* shared = engine.shared.get<float>(size_t(segments) * own.kv_heads * block + 1);
+  const AttentionGradients gradients{q, k, v, mixed, d_mixed, tape.lse.data<float>()};
+  parallel_for(segments * own.kv_heads, [&](int task, int thread) {
+    backward_task(engine, batch, task / own.kv_heads, task % own.kv_heads, h, gradients, shared + size_t(task) * block, thread);
+  });
+  if (batch.prefix) gather_shared(engine, batch, h, shared, block);
+  if (norms) {
+    norm_heads_backward(h.dims, kept_q, own.q_norm, batch.rows, own.heads, h.q, dq);
+    norm_heads_backward(h.dims, kept_k, own.k_norm, batch.rows, own.kv_heads, h.kv, dk);
+  }
+  clear_padding(dq, batch.rows, own.heads * h.dims.head_dim, h.q);
+  for (float* d : {dk, dv}) clear_padding(d, batch.rows, own.kv_heads * h.dims.head_dim, h.kv);
 }
 
 }  // namespace
 
 void attention_forward(Engine& engine, int layer, Mode mode, float* x, const Batch& batch, const KvCache& cache, int cache_layer,
                        LayerTape* tape) {
-  const Dims& dims = engine.dims;
-  const Layer& own = engine.layers[layer];
-  const Widths w(dims);
+  const Heads h(engine, layer, batch);
+  const Layer& own = h.own;
   const size_t rows = size_t(batch.rows);
-  const float* h = normed(engine, x, own.attn_norm, batch.rows);
-  const Activations input = prepare(mode, engine.digits[0], h, batch.rows, w.d, engine.normed_low, engine.q8, engine.blocks);
-  if (tape) save_rows(mode, x, rows * w.d, tape->x);
+  const float* hidden = normed(engine, x, own.attn_norm, own.attn_norm_bias, batch.rows);
+  const Activations input = prepare(mode, engine.digits[0], hidden, batch.rows, h.d, engine.normed_low, engine.q8, engine.blocks);
+  if (tape) save_rows(mode, x, rows * h.d, tape->x);
   const LinearJob jobs[] = {
-      {&own.w[kQ], kQ, engine.q.get<float>(rows * w.q), w.q, false, tape ? &tape->u[kQ] : nullptr},
-      {&own.w[kK], kK, engine.k.get<float>(rows * w.kv), w.kv, false, tape ? &tape->u[kK] : nullptr},
-      {&own.w[kV], kV, engine.v.get<float>(rows * w.kv), w.kv, false, tape ? &tape->u[kV] : nullptr},
+      {&own.w[kQ], kQ, engine.q.get<float>(rows * h.q), h.q, false, tape ? &tape->u[kQ] : nullptr, own.bias[kQ]},
+      {&own.w[kK], kK, engine.k.get<float>(rows * h.kv), h.kv, false, tape ? &tape->u[kK] : nullptr, own.bias[kK]},
+      {&own.w[kV], kV, engine.v.get<float>(rows * h.kv), h.kv, false, tape ? &tape->u[kV] : nullptr, own.bias[kV]},
   };
   linear(engine, input, jobs, 3, batch, layer);
-  engine.attn_q.get<float>(rows * w.heads_q);
-  engine.attn_k.get<float>(rows * w.heads_kv);
-  engine.attn_v.get<float>(rows * w.heads_kv);
-  engine.mixed.get<float>(rows * w.heads_q);
-  place(engine, batch, cache, cache_layer, w);
-  attend_all(engine, batch, cache, cache_layer, w, tape ? tape->lse.get<float>(rows * dims.heads) : nullptr);
-  float* flat = engine.mixed_flat.get<float>(rows * w.q);
-  flatten(dims, engine.mixed.data<float>(), batch.rows, w, flat);
+  engine.attn_q.get<float>(rows * h.heads_q);
+  engine.attn_k.get<float>(rows * h.heads_kv);
+  engine.attn_v.get<float>(rows * h.heads_kv);
+  engine.mixed.get<float>(rows * h.heads_q);
+  place(engine, batch, cache, cache_layer, h);
+  attend_all(engine, batch, cache, cache_layer, h, tape ? tape->lse.get<float>(rows * own.heads) : nullptr);
+  float* flat = engine.mixed_flat.get<float>(rows * h.q);
+  flatten(h, engine.mixed.data<float>(), batch.rows, flat);
   if (tape) {
-    save_rows(mode, engine.attn_q.data<float>(), rows * w.heads_q, tape->q);
-    save_rows(mode, engine.attn_k.data<float>(), rows * w.heads_kv, tape->k);
-    save_rows(mode, engine.attn_v.data<float>(), rows * w.heads_kv, tape->v);
-    save_rows(mode, flat, rows * w.q, tape->mixed);
+    const bool norms = own.q_norm;
+    save_rows(mode, (norms ? engine.q : engine.attn_q).data<float>(), rows * (norms ? h.q : h.heads_q), tape->q);
+    save_rows(mode, (norms ? engine.k : engine.attn_k).data<float>(), rows * (norms ? h.kv : h.heads_kv), tape->k);
+    save_rows(mode, engine.attn_v.data<float>(), rows * h.heads_kv, tape->v);
+    save_rows(mode, flat, rows * h.q, tape->mixed);
   }
-  const Activations mixed = prepare(mode, engine.digits[1], flat, batch.rows, w.q, engine.normed_low, engine.q8, engine.blocks);
-  const LinearJob out[] = {{&own.w[kO], kO, x, w.d, true, tape ? &tape->u[kO] : nullptr}};
+  const Activations mixed = prepare(mode, engine.digits[1], flat, batch.rows, h.q, engine.normed_low, engine.q8, engine.blocks);
+  const Branch branch = branch_of(engine, own.attn_post_norm, x, batch.rows);
+  const LinearJob out[] = {{&own.w[kO], kO, branch.to, h.d, branch.direct, tape ? &tape->u[kO] : nullptr, own.bias[kO]}};
   linear(engine, mixed, out, 1, batch, layer);
+  join(engine, mode, branch, own.attn_post_norm, batch.rows, x, tape ? &tape->attn_branch : nullptr);
 }
 
 void attention_backward(Engine& engine, int layer, Mode mode, float* dx, const Batch& batch, const LayerTape& tape,
                         bool need_dx) {
-  const Dims& dims = engine.dims;
-  const Layer& own = engine.layers[layer];
-  const Widths w(dims);
+  const Heads h(engine, layer, batch);
+  const Layer& own = h.own;
   const size_t rows = size_t(batch.rows);
-  // through the output product
-  const float* flat = load_rows(mode, tape.mixed, rows * w.q, engine.mixed_flat);
-  Activations mixed{mode, batch.rows, w.q, 0, flat, tape.mixed.data<bf16>(), nullptr, nullptr};
-  const LinearBackwardJob out[] = {{&own.w[kO], kO, dx, w.d, tape.u[kO].data<float>()}};
-  float* d_flat = engine.dmixed.get<float>(rows * w.q);
-  linear_backward(engine, mixed, out, 1, batch, layer, d_flat, w.q);
-  // through the attention itself
-  float *mixed_heads = engine.attn_q.get<float>(rows * w.heads_q), *d_mixed_heads = engine.attn_k.get<float>(rows * w.heads_q);
-  spread(dims, flat, batch.rows, w, mixed_heads);
-  spread(dims, d_flat, batch.rows, w, d_mixed_heads);
-  const float* q = load_rows(mode, tape.q, rows * w.heads_q, engine.q);
-  const float* k = load_rows(mode, tape.k, rows * w.heads_kv, engine.k);
-  const float* v = load_rows(mode, tape.v, rows * w.heads_kv, engine.v);
-  engine.mixed.get<float>(rows * w.heads_q);
-  engine.dq.get<float>(rows * w.q);
-  engine.dk.get<float>(rows * w.kv);
-  engine.dv.get<float>(rows * w.kv);
-  int furthest = 0;
-  for (const Segment& s : batch.segments) furthest = s.position + s.count > furthest ? s.position + s.count : furthest;
-  engine.rope_table(furthest);  // grown here, read by the tasks
-  const int segments = int(batch.segments.size());
-  const size_t block = size_t(2) * batch.prefix * dims.head_stride();
-  float* shared = engine.shared.get<float>(size_t(segments) * dims.kv_heads * block + 1);
-  const AttentionGradients gradients{q, k, v, mixed_heads, d_mixed_heads, tape.lse.data<float>()};
-  parallel_for(segments * dims.kv_heads, [&](int task, int thread) {
-    backward_task(engine, batch, task / dims.kv_heads, task % dims.kv_heads, w, gradients, shared + size_t(task) * block, thread);
-  });
-  if (batch.prefix) gather_shared(engine, batch, w, shared, block);
+  // through the output product and the attention itself
+  const float* d_branch = branch_backward(engine, mode, own.attn_post_norm, tape.attn_branch, batch.rows, dx);
+  const float* flat = load_rows(mode, tape.mixed, rows * h.q, engine.mixed_flat);
+  const Activations mixed{mode, batch.rows, h.q, 0, flat, tape.mixed.data<bf16>(), nullptr, nullptr};
+  const LinearBackwardJob out[] = {{&own.w[kO], kO, d_branch, h.d, tape.u[kO].data<float>()}};
+  float* d_flat = engine.dmixed.get<float>(rows * h.q);
+  linear_backward(engine, mixed, out, 1, batch, layer, d_flat, h.q);
+  attend_all_backward(engine, mode, batch, h, tape, flat, d_flat);
   // through the input products and the norm
-  const float* x = load_rows(mode, tape.x, rows * w.d, engine.x_wide);
-  const float* h = normed(engine, x, own.attn_norm, batch.rows);
-  const Activations input = prepare(mode, engine.digits[0], h, batch.rows, w.d, engine.normed_low, engine.q8, engine.blocks);
+  const float* x = load_rows(mode, tape.x, rows * h.d, engine.x_wide);
+  const float* hidden = normed(engine, x, own.attn_norm, own.attn_norm_bias, batch.rows);
+  const Activations input = prepare(mode, engine.digits[0], hidden, batch.rows, h.d, engine.normed_low, engine.q8, engine.blocks);
   const LinearBackwardJob jobs[] = {
-      {&own.w[kQ], kQ, engine.dq.data<float>(), w.q, tape.u[kQ].data<float>()},
-      {&own.w[kK], kK, engine.dk.data<float>(), w.kv, tape.u[kK].data<float>()},
-      {&own.w[kV], kV, engine.dv.data<float>(), w.kv, tape.u[kV].data<float>()},
+      {&own.w[kQ], kQ, engine.dq.data<float>(), h.q, tape.u[kQ].data<float>()},
+      {&own.w[kK], kK, engine.dk.data<float>(), h.kv, tape.u[kK].data<float>()},
+      {&own.w[kV], kV, engine.dv.data<float>(), h.kv, tape.u[kV].data<float>()},
   };
-  float* dh = need_dx ? engine.dx.get<float>(rows * w.d) : nullptr;
-  linear_backward(engine, input, jobs, 3, batch, layer, dh, w.d);
-  if (!need_dx) return;
-  for_rows(batch.rows, 8, [&](int first, int last) {
-    for (int m = first; m < last; m++)
-      kernels().rms_norm_backward(x + size_t(m) * w.d, own.attn_norm, dh + size_t(m) * w.d, dims.width, dims.eps,
-                                  dx + size_t(m) * w.d);
-  });
+  float* dh = need_dx ? engine.dx.get<float>(rows * h.d) : nullptr;
+  linear_backward(engine, input, jobs, 3, batch, layer, dh, h.d);
+  if (need_dx) normed_backward(engine, x, own.attn_norm, dh, batch.rows, dx);
 }
 
 }  // namespace nomoat

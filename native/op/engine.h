@@ -6,6 +6,7 @@
 
 #include <array>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "base/buffer.h"
@@ -20,17 +21,18 @@ enum Target { kQ, kK, kV, kO, kGate, kUp, kDown, kTargets };
 
 inline int padded(int n) { return round_up(n, 32); }
 
+enum class QkNorm : int { none, head, row };  // over the d values of a head, or over all heads of a row
+
+// What all layers have in common.
 struct Dims {
-  int layers, width, heads, kv_heads, head_dim, ffn, vocab, context, window;
-  float eps;
-  bool interleaved;
-  int rope_dim;
-  float rope_magnitude;
+  int layers, width, head_dim, vocab, context;
+  float eps, score_scale;
+  float score_cap = 0, logit_cap = 0;  // 0 = none
+  float logit_scale = 1, embed_scale = 1, residual_scale = 1;
+  bool layer_norm = false, gelu = false, gated = true;
+  QkNorm qk_norm = QkNorm::none;
 
   int head_stride() const { return round_up(head_dim, 16); }
-  int q_width() const { return heads * head_dim; }
-  int kv_width() const { return kv_heads * head_dim; }
-  int group() const { return heads / kv_heads; }
 };
 
 // y += sum_r scale[r] * bt[r, :] * (a[r, :] . x): adapters of one linear, stacked by rank. Gradients accumulate into da and dbt
@@ -61,42 +63,33 @@ struct Batch {
 // Paged keys and values. One page holds kPageTokens positions of every layer: per layer and kv head, keys then values.
 class KvCache {
  public:
-  KvCache(int layers, const Dims& dims, bool f32);
+  KvCache(const Dims& dims, const std::vector<int>& kv_heads, bool f32);  // one count a layer
   KvCache(KvCache&&) = default;
   void reserve(int pages);
-  size_t page_bytes() const { return layers_ * layer_bytes_; }
+  size_t page_bytes() const { return begins_.back(); }
   int pages() const { return int(pages_.size()); }
   bool f32() const { return f32_; }
-  int layers() const { return int(layers_); }
+  bool holds(int layer, int kv_heads) const {
+    return layer + 1 < int(begins_.size()) && size_t(kv_heads) * head_bytes_ <= begins_[layer + 1] - begins_[layer];
+  }
 
   uint8_t* keys(int page, int layer, int head) const {
-    return pages_[page].data<uint8_t>() + layer * layer_bytes_ + head * head_bytes_;
+    return pages_[page].data<uint8_t>() + begins_[layer] + head * head_bytes_;
   }
   uint8_t* values(int page, int layer, int head) const { return keys(page, layer, head) + head_bytes_ / 2; }
 
  private:
-  size_t layers_, head_bytes_, layer_bytes_;
+  size_t head_bytes_;
+  std::vector<size_t> begins_;  // bytes of a page before each layer, then of the whole page
   bool f32_;
   std::vector<Buffer> pages_;
 };
 
-// What backward needs of one layer. Element type: bf16 or float by mode. U: rank-r intermediates, float32.
+// What backward needs of one layer; what the model has no use for stays empty. Element type: bf16 or float by mode.
 struct LayerTape {
-  Buffer x, q, k, v, mixed, lse, middle, gate, up;
-  std::array<Buffer, kTargets> u;
-};
-
-// A training step. Layers that are not kept store their float32 input and are run again before their backward.
-struct Tape {
-  std::vector<LayerTape> kept;  // by layer; empty buffers where not kept
-  std::vector<Buffer> inputs;   // by layer, float32 [M][D], where not kept
-  std::vector<char> keep;
-  LayerTape again;  // the layer that is being run again
-  KvCache scratch;  // keys and values of one layer
-
-  Tape(const Dims& dims, Mode mode)
-      : kept(dims.layers), inputs(dims.layers), keep(dims.layers, 1), scratch(1, dims, mode == Mode::f32) {}
-  Tape(Tape&&) = default;
+  Buffer x, q, k, v, mixed, lse, middle, gate, up;  // q and k: rotated and scaled; before their norms where they have norms
+  Buffer attn_branch, mlp_branch;                   // before their post-norms
+  std::array<Buffer, kTargets> u;                   // rank-r intermediates, float32
 };
 
 struct Layer {
@@ -121,30 +114,64 @@ struct Layer {
   }
 };
 
+// Rows and columns of a target's weight; with experts, of all of them one below the other.
+inline std::pair<int, int> linear_shape(const Dims& dims, const Layer& layer, int target) {
+  const int experts = layer.experts ? layer.experts : 1, q = layer.heads * dims.head_dim, kv = layer.kv_heads * dims.head_dim;
+  const int rows[] = {q, kv, kv, dims.width, experts * layer.ffn, experts * layer.ffn, experts * dims.width};
+  const int cols[] = {dims.width, dims.width, dims.width, q, dims.width, dims.width, layer.ffn};
+  return {rows[target], cols[target]};
+}
+
+// A rotation of pairs (2i, 2i + 1) or (i, i + pairs), with its angles per position.
+struct Rope {
+  bool interleaved = false;
+  float magnitude = 1;
+  std::vector<float> inv_freq;
+
+  int pairs() const { return int(inv_freq.size()); }
+  // cos, sin of positions [0, n), grown on demand: [n][pairs][2]
+  const float* table(int positions);
+
+ private:
+  std::vector<float> table_;
+};
+
 struct Engine {
   explicit Engine(const Dims& d) : dims(d), layers(size_t(d.layers)) {}
   Engine(Engine&&) = default;
 
   Dims dims;
   std::vector<Layer> layers;
+  std::vector<Rope> ropes;
+  Rope no_rope;
   Matrix embed, head;
-  const float* final_norm = nullptr;
-  std::vector<float> inv_freq;
+  const float *final_norm = nullptr, *final_norm_bias = nullptr;
+  int experts_used = 0;     // of every layer that has experts
+  bool expert_norm = true;  // the weights of the experts used are divided by their sum
   // int8 digits of the activations that enter each product in inference: qkv, o, gate and up, down, head. Two digits cost
   // nothing in decode, which waits for memory, and bring the logits to those of float32: docs/concepts/precision.md.
   std::array<int, 5> digits = {2, 2, 2, 2, 2};
 
-  // cos, sin of positions [0, n): [n][rope_dim / 2][2]
-  const float* rope_table(int positions);
+  Rope& rope_of(const Layer& layer) { return layer.rope < 0 ? no_rope : ropes[size_t(layer.rope)]; }
 
   // scratch, grown on demand; names say who uses them
   Buffer normed, normed_low, blocks, q8, q, k, v, attn_q, attn_k, attn_v, mixed, mixed_flat, gate, up, act, act_low, u, du,
-      logits, lse, dy_low, dx, dgate, dup, dmixed, dq, dk, dv, head_x, head_dx, x_wide, shared;
+      logits, lse, dy_low, dx, dgate, dup, dmixed, dq, dk, dv, head_x, head_dx, x_wide, shared, turned_q, turned_k, branch,
+      d_branch;
   std::array<Buffer, kTargets> target_u;
   std::vector<Buffer> thread_scratch = std::vector<Buffer>(256);
+};
 
- private:
-  std::vector<float> rope_;
+// A training step. Layers that are not kept store their float32 input and are run again before their backward.
+struct Tape {
+  std::vector<LayerTape> kept;  // by layer; empty buffers where not kept
+  std::vector<Buffer> inputs;   // by layer, float32 [M][D], where not kept
+  std::vector<char> keep;
+  LayerTape again;  // the layer that is being run again
+  KvCache scratch;  // keys and values of one layer, of the one with most heads
+
+  Tape(const Engine& engine, Mode mode);
+  Tape(Tape&&) = default;
 };
 
 // ---- op/linear.cc ----
@@ -167,11 +194,12 @@ struct LinearJob {
   int target;  // which adapters apply; kTargets = none
   float* y;    // [rows][ldy]
   int ldy;
-  bool add;   // y += instead of y =
-  Buffer* u;  // where the tape keeps the rank-r intermediate; null = scratch
+  bool add;                     // y += instead of y =
+  Buffer* u;                    // where the tape keeps the rank-r intermediate; null = scratch
+  const float* bias = nullptr;  // [rows of w, padded to 32]; null = none
 };
 
-// y = W x + adapters, for jobs that share their input.
+// y = W x + adapters + bias, for jobs that share their input. Columns of y beyond the rows of W become zero.
 void linear(Engine& engine, const Activations& x, const LinearJob* jobs, int count, const Batch& batch, int layer);
 
 struct LinearBackwardJob {
@@ -195,12 +223,35 @@ void for_rows(int rows, int grain, Body&& body) {
   parallel_for(chunks, [&](int task, int) { body(task * grain, rows < (task + 1) * grain ? rows : (task + 1) * grain); });
 }
 
-// norm(x) of every row, in engine.normed.
-const float* normed(Engine& engine, const float* x, const float* weight, int rows);
+// Zeroes columns [used, stride) of every row.
+void clear_padding(float* x, int rows, int used, int stride);
 
 // Saves float32 rows on the tape as bf16 or float, and reads them back.
 void save_rows(Mode mode, const float* x, size_t count, Buffer& into);
 const float* load_rows(Mode mode, const Buffer& saved, size_t count, Buffer& wide);
+
+// ---- op/residual.cc: where a half layer meets the residual stream ----
+
+// norm(x) of a row as the model has it; bias may be null. y may be x.
+void norm_row(const Dims&, const float* x, const float* weight, const float* bias, float* y);
+// dx += d norm(x)/dx applied to dy
+void norm_row_backward(const Dims&, const float* x, const float* weight, const float* dy, float* dx);
+
+// norm(x) of every row, in engine.normed; x itself where there is no norm (weight null).
+const float* normed(Engine&, const float* x, const float* weight, const float* bias, int rows);
+// dx += the gradient of x, given that of normed(x).
+void normed_backward(Engine&, const float* x, const float* weight, const float* dh, int rows, float* dx);
+
+// x += residual_scale * [post_norm](branch). The branch is added into x by its last product (`direct`), or, where there is
+// something to do to it first, written to `to` and added by `join`, which keeps it on the tape for a post-norm.
+struct Branch {
+  float* to;
+  bool direct;
+};
+Branch branch_of(Engine&, const float* post_norm, float* x, int rows);
+void join(Engine&, Mode, const Branch&, const float* post_norm, int rows, float* x, Buffer* tape);
+// The gradient of the branch, given that of x after it; it may be dx itself.
+const float* branch_backward(Engine&, Mode, const float* post_norm, const Buffer& tape, int rows, const float* dx);
 
 // ---- blocks: forward and backward of one half layer; x and dx are the residual stream, float32 [M][padded D] ----
 

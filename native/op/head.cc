@@ -1,5 +1,7 @@
-// logits = Whead norm(x), and the cross-entropy over the rows that carry loss: log-probabilities out, gradients back.
+// logits = cap(logit_scale * Whead norm(x)), and the cross-entropy over the rows that carry loss: log-probabilities out,
+// gradients back.
 
+#include <algorithm>
 #include <cmath>
 
 #include "op/engine.h"
@@ -16,8 +18,7 @@ const float* gather_normed(Engine& engine, const float* x, const int32_t* rows, 
   float* h = engine.head_x.get<float>(size_t(count) * width);
   for_rows(count, 4, [&](int first, int last) {
     for (int i = first; i < last; i++)
-      kernels().rms_norm(x + size_t(rows[i]) * width, engine.final_norm, engine.dims.width, engine.dims.eps,
-                         h + size_t(i) * width);
+      norm_row(engine.dims, x + size_t(rows[i]) * width, engine.final_norm, engine.final_norm_bias, h + size_t(i) * width);
   });
   return h;
 }
@@ -28,21 +29,33 @@ Activations project(Engine& engine, Mode mode, const float* h, int count, float*
       prepare(mode, engine.digits[4], h, count, padded(engine.dims.width), engine.normed_low, engine.q8, engine.blocks);
   const LinearJob job[] = {{&engine.head, kTargets, logits, padded(engine.dims.vocab), false, nullptr}};
   linear(engine, input, job, 1, plain, 0);
+  const float scale = engine.dims.logit_scale, cap = engine.dims.logit_cap;
+  if (scale == 1 && cap == 0) return input;
+  constexpr int grain = 1 << 13;  // logits a task, a multiple of every row's padding
+  const int64_t all = int64_t(count) * padded(engine.dims.vocab);
+  parallel_for(int((all + grain - 1) / grain), [&](int task, int) {
+    float* own = logits + int64_t(task) * grain;
+    const int n = int(std::min<int64_t>(grain, all - int64_t(task) * grain));
+    for (int i = 0; i < n; i++) own[i] *= scale;
+    if (cap != 0) kernels().soft_cap(own, cap, n);
+  });
   return input;
 }
 
-// dlogits = d_logp * (onehot(target) - softmax(logits)), in place of the logits.
-void logits_backward(const Engine& engine, float* logits, const float* lse, const int32_t* targets, const float* d_logp,
-                     int count) {
+// dlogits = d_logp * (onehot(target) - softmax(logits)), times the slopes of cap and scale, in place of the logits.
+void logits_backward(Engine& engine, float* logits, const float* lse, const int32_t* targets, const float* d_logp, int count) {
   const int vocab = padded(engine.dims.vocab);
-  for_rows(count, 1, [&](int first, int last) {
-    for (int i = first; i < last; i++) {
-      float* row = logits + size_t(i) * vocab;
-      const float logp = row[targets[i]] - lse[i];
-      kernels().softmax_f32(row, lse[i], -d_logp[i], vocab, row);
-      row[targets[i]] = d_logp[i] * -std::expm1(logp);
-      for (int t = engine.dims.vocab; t < vocab; t++) row[t] = 0;
-    }
+  const float cap = engine.dims.logit_cap;
+  parallel_for(count, [&](int i, int thread) {
+    float* row = logits + size_t(i) * vocab;
+    float* d = cap != 0 ? engine.thread_scratch[size_t(thread)].get<float>(size_t(vocab)) : row;
+    const float logp = row[targets[i]] - lse[i], factor = d_logp[i] * engine.dims.logit_scale;
+    kernels().softmax_f32(row, lse[i], -factor, vocab, d);
+    d[targets[i]] = factor * -std::expm1(logp);
+    for (int t = engine.dims.vocab; t < vocab; t++) d[t] = 0;
+    if (cap == 0) return;
+    kernels().soft_cap_backward(row, cap, vocab, d);
+    std::memcpy(row, d, size_t(vocab) * sizeof(float));
   });
 }
 
@@ -76,7 +89,7 @@ void head_logprobs(Engine& engine, Mode mode, const float* x, const int32_t* row
     linear_backward(engine, input, job, 1, plain, 0, dh, width);
     for (int i = 0; i < n; i++) {
       const size_t at = size_t(rows[first + i]) * width;
-      kernels().rms_norm_backward(x + at, engine.final_norm, dh + size_t(i) * width, engine.dims.width, engine.dims.eps, dx + at);
+      norm_row_backward(engine.dims, x + at, engine.final_norm, dh + size_t(i) * width, dx + at);
     }
   }
 }

@@ -1,4 +1,4 @@
-// y = W x + B (A x), and its backward. Base weights stay packed; adapters are added beside them.
+// y = W x + B (A x) + b, and its backward. Base weights stay packed; adapters are added beside them.
 
 #include <type_traits>
 
@@ -121,6 +121,7 @@ void linear_int8(const Activations& x, const LinearJob* jobs, int count) {
           kernels().gemm_float(*job.w, begin, end, x.f32, x.cols, x.rows, job.y, job.ldy, job.add);
         else
           kernels().gemm_i8(*job.w, begin, end, x.digits, x.q, x.blocks, x.rows, job.y, job.ldy, job.add);
+        if (end == own && !job.add) clear_padding(job.y, x.rows, own * kStripRows, job.ldy);
       }
       first = first - own < 0 ? 0 : first - own;
       last -= own;
@@ -314,6 +315,11 @@ void linear(Engine& engine, const Activations& x, const LinearJob* jobs, int cou
   } else {
     linear_panels<float>(engine, x, jobs, count, batch, layer);
   }
+  for (int j = 0; j < count; j++)
+    if (const float* bias = jobs[j].bias)
+      for_rows(x.rows, 16, [&](int first, int last) {
+        for (int m = first; m < last; m++) kernels().axpy(bias, 1, jobs[j].ldy, jobs[j].y + size_t(m) * jobs[j].ldy);
+      });
 }
 
 void linear_backward(Engine& engine, const Activations& x, const LinearBackwardJob* jobs, int count, const Batch& batch,

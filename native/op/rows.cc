@@ -1,31 +1,42 @@
 // Row plumbing shared by the blocks: rope tables, the tape's element types, the cache, embedding rows.
 
+#include <algorithm>
 #include <cmath>
 
 #include "op/engine.h"
 
 namespace nomoat {
 
+namespace {
+
+int most_kv_heads(const Engine& engine) {
+  int most = 0;
+  for (const Layer& layer : engine.layers) most = std::max(most, layer.kv_heads);
+  return most;
+}
+
+}  // namespace
+
 // Angles are computed in double: float32 products lose 1e-4 radians at 8k positions.
-const float* Engine::rope_table(int positions) {
-  const int half = dims.rope_dim / 2;
-  int known = int(rope_.size()) / (2 * (half ? half : 1));
+const float* Rope::table(int positions) {
+  const int half = pairs();
+  int known = int(table_.size()) / (2 * (half ? half : 1));
   if (known < positions) {
     const int wanted = round_up(positions, 256);
-    rope_.resize(size_t(wanted) * half * 2);
+    table_.resize(size_t(wanted) * half * 2);
     for (; known < wanted; known++)
       for (int i = 0; i < half; i++) {
         const double angle = double(known) * double(inv_freq[i]);
-        rope_[(size_t(known) * half + i) * 2] = float(std::cos(angle)) * dims.rope_magnitude;
-        rope_[(size_t(known) * half + i) * 2 + 1] = float(std::sin(angle)) * dims.rope_magnitude;
+        table_[(size_t(known) * half + i) * 2] = float(std::cos(angle)) * magnitude;
+        table_[(size_t(known) * half + i) * 2 + 1] = float(std::sin(angle)) * magnitude;
       }
   }
-  return rope_.data();
+  return table_.data();
 }
 
-KvCache::KvCache(int layers, const Dims& dims, bool f32) : layers_(size_t(layers)), f32_(f32) {
-  head_bytes_ = size_t(2) * kPageTokens * dims.head_stride() * (f32 ? 4 : 2);
-  layer_bytes_ = head_bytes_ * size_t(dims.kv_heads);
+KvCache::KvCache(const Dims& dims, const std::vector<int>& kv_heads, bool f32)
+    : head_bytes_(size_t(2) * kPageTokens * dims.head_stride() * (f32 ? 4 : 2)), begins_(1, 0), f32_(f32) {
+  for (int heads : kv_heads) begins_.push_back(begins_.back() + size_t(heads) * head_bytes_);
 }
 
 void KvCache::reserve(int pages) {
@@ -35,14 +46,15 @@ void KvCache::reserve(int pages) {
   }
 }
 
-const float* normed(Engine& engine, const float* x, const float* weight, int rows) {
-  const int width = padded(engine.dims.width);
-  float* h = engine.normed.get<float>(size_t(rows) * width);
-  for_rows(rows, 8, [&](int first, int last) {
-    for (int m = first; m < last; m++)
-      kernels().rms_norm(x + size_t(m) * width, weight, engine.dims.width, engine.dims.eps, h + size_t(m) * width);
-  });
-  return h;
+Tape::Tape(const Engine& engine, Mode mode)
+    : kept(engine.layers.size()),
+      inputs(engine.layers.size()),
+      keep(engine.layers.size(), 1),
+      scratch(engine.dims, {most_kv_heads(engine)}, mode == Mode::f32) {}
+
+void clear_padding(float* x, int rows, int used, int stride) {
+  for (int m = 0; m < rows && used < stride; m++)
+    std::memset(x + size_t(m) * stride + used, 0, size_t(stride - used) * sizeof(float));
 }
 
 void save_rows(Mode mode, const float* x, size_t count, Buffer& into) {
@@ -73,7 +85,11 @@ const float* load_rows(Mode mode, const Buffer& saved, size_t count, Buffer& wid
 void embed_rows(Engine& engine, const int32_t* tokens, int rows, float* x) {
   const int width = padded(engine.dims.width);
   for_rows(rows, 8, [&](int first, int last) {
-    for (int m = first; m < last; m++) kernels().read_row(engine.embed, tokens[m], x + size_t(m) * width);
+    for (int m = first; m < last; m++) {
+      float* row = x + size_t(m) * width;
+      kernels().read_row(engine.embed, tokens[m], row);
+      for (int i = 0; engine.dims.embed_scale != 1 && i < width; i++) row[i] *= engine.dims.embed_scale;
+    }
   });
 }
 

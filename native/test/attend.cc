@@ -62,6 +62,7 @@ struct Case {
     a.q_stride = stride;
     a.first_position = first;
     a.window = window;
+    a.cap = 0;
     a.k = keys.data();
     a.v = values.data();
     a.out = out.data() + first * stride;

@@ -15,16 +15,11 @@ Dims dims_of(Format format) {
   Dims d{};
   d.layers = 3;
   d.width = is_float(format) ? 56 : 64;
-  d.heads = 4;
-  d.kv_heads = 2;
   d.head_dim = 24;
-  d.ffn = 96;
   d.vocab = 70;
   d.context = 256;
   d.eps = 1e-5f;
-  d.interleaved = true;
-  d.rope_dim = 24;
-  d.rope_magnitude = 1;
+  d.score_scale = 1 / std::sqrt(24.0f);
   return d;
 }
 
@@ -35,13 +30,20 @@ struct Model {
 
   explicit Model(Format format) : engine(dims_of(format)), norm(size_t(padded(engine.dims.width))) {
     const Dims& d = engine.dims;
-    const int rows[] = {d.q_width(), d.kv_width(), d.kv_width(), d.width, d.ffn, d.ffn, d.width};
-    const int cols[] = {d.width, d.width, d.width, d.q_width(), d.width, d.width, d.ffn};
     for (int i = 0; i < d.width; i++) norm[size_t(i)] = 1 + 0.01f * float(i % 7);
-    for (int i = 0; i < d.rope_dim / 2; i++) engine.inv_freq.push_back(std::pow(1e4f, -2.0f * float(i) / float(d.rope_dim)));
+    Rope rope;
+    rope.interleaved = true;
+    for (int i = 0; i < d.head_dim / 2; i++) rope.inv_freq.push_back(std::pow(1e4f, -2.0f * float(i) / float(d.head_dim)));
+    engine.ropes.push_back(rope);
     for (int layer = 0; layer < d.layers; layer++) {
       Layer& own = engine.layers[size_t(layer)];
-      for (int t = 0; t < kTargets; t++) own.w[size_t(t)] = add(format, rows[t], cols[t]);
+      own.heads = 4;
+      own.kv_heads = 2;
+      own.ffn = 96;
+      for (int t = 0; t < kTargets; t++) {
+        const auto [rows, cols] = linear_shape(d, own, t);
+        own.w[size_t(t)] = add(format, rows, cols);
+      }
       own.attn_norm = own.mlp_norm = norm.data();
     }
     engine.embed = engine.head = add(format, d.vocab, d.width);
@@ -115,7 +117,7 @@ Floats embedded(Model& model, int rows) {
 
 Floats logits(Model& model, Mode mode, const Batch& batch) {
   Engine& e = model.engine;
-  KvCache cache(e.dims.layers, e.dims, mode == Mode::f32);
+  KvCache cache(e.dims, std::vector<int>(e.layers.size(), 2), mode == Mode::f32);
   cache.reserve(int(batch.page_tables.size()));
   Floats x = embedded(model, batch.rows);
   for (int layer = 0; layer < e.dims.layers; layer++) {
@@ -136,7 +138,7 @@ struct Step {
 // As bind.cpp records a step and takes it back.
 Step train(Model& model, Adapter& adapter, Mode mode, const Batch& batch, const std::vector<char>& keep) {
   Engine& e = model.engine;
-  Tape tape(e.dims, mode);
+  Tape tape(e, mode);
   tape.keep = keep;
   tape.scratch.reserve(int(batch.page_tables.size()));
   Floats x = embedded(model, batch.rows);

@@ -13,11 +13,15 @@ import numpy as np
 from nomoat import _native
 from nomoat.engine.kv import Sequence
 from nomoat.engine.model import FORWARD_ROWS, Float32, Model
+from nomoat.engine.speculate import PromptLookup
 from nomoat.engine.stack import Stack
 from nomoat.errors import InputError, NonFiniteError
 from nomoat.text.stream import StreamDecoder
 
 Finish = Literal["stop", "length"]
+
+#: Rows of a decode step up to which guesses are added: beyond it, a row costs about what it can win.
+SPECULATIVE_ROWS = 13
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Sampling:
     """How tokens are chosen: penalties, then top_k, min_p, top_p, then temperature. Raises InputError E_LIMIT.
 
     temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and the neutral penalties switch those off. The penalties look at the
-    answer so far. `stop` strings end the answer and are not part of it.
+    answer so far. `stop` strings end the answer and are not part of it. `speculate` changes the speed, never the answer.
     """
 
     temperature: float = 0.0
@@ -38,6 +42,7 @@ class Sampling:
     seed: int = 0
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
+    speculate: bool = True
 
     def __post_init__(self) -> None:
         limits = {
@@ -94,10 +99,27 @@ class _Answer:
             )
         self.limit = min(self.sampling.max_tokens, room)
         self.decoder = StreamDecoder(self.model.tokenizer)
+        self.lookup = PromptLookup(self.prompt) if self.sampling.speculate else None
 
     def pending(self) -> list[int]:
         """Tokens that the model has not seen yet."""
         return (self.prompt + self.tokens)[len(self.sequence.tokens) :]
+
+    def guess(self, rows: int) -> list[int]:
+        """At most `rows` tokens that may follow, none that could not be part of the answer."""
+        left = self.limit - len(self.tokens) - 1
+        return self.lookup.guess(min(rows, left)) if self.lookup is not None and self.tokens and left > 0 else []
+
+    def take_all(self, logits: Float32, guessed: list[int]) -> None:
+        """Takes a token from each row of logits for as long as the row before it had the right input."""
+        for right, row in enumerate(logits):
+            self.take(row)
+            if self.finish is not None or right == len(guessed) or self.tokens[-1] != guessed[right]:
+                break
+        if self.lookup is not None:
+            self.lookup.extend(self.tokens[-right - 1 :])
+            if guessed:
+                self.lookup.judged(len(guessed), right)
 
     def take(self, logits: Float32) -> None:
         """Chooses the next token from a row of logits and decides whether the answer ends."""
@@ -194,23 +216,37 @@ def generate(
 
 
 def _step(model: Model, active: list[_Answer]) -> None:
-    """One forward pass: a row for every answer that is being written, and prompt rows of others up to FORWARD_ROWS."""
-    segments = []
-    budget = FORWARD_ROWS
+    """One forward pass: a row for every answer that is being written, and prompt rows of others up to FORWARD_ROWS.
+
+    An answer that is being written also gets rows for the tokens that are guessed to follow.
+    """
+    segments: list[tuple[_Answer, list[int], list[int]]] = []  # the answer, its tokens, the guesses behind them
+    budget, spare = FORWARD_ROWS, max(0, SPECULATIVE_ROWS - len(active)) // len(active)
     for answer in sorted(active, key=lambda a: len(a.pending())):
         tokens = answer.pending()[: max(budget, 0)]
         if tokens:
-            segments.append((answer, tokens))
-            budget -= len(tokens)
+            guessed = answer.guess(min(spare, budget - len(tokens)))
+            segments.append((answer, tokens, guessed))
+            budget -= len(tokens) + len(guessed)
     # one adapter's rows side by side: its products are taken together
-    segments.sort(key=lambda pair: id(pair[0].stack))
-    x = model.forward([(answer.sequence, tokens, answer.stack) for answer, tokens in segments])
-    last = np.cumsum([len(tokens) for _, tokens in segments]) - 1
-    ready = [(answer, int(row)) for (answer, _), row in zip(segments, last, strict=True) if not answer.pending()]
-    if ready:
-        logits = model.head(x, [row for _, row in ready])
-        for (answer, _), row in zip(ready, logits, strict=True):
-            answer.take(row)
+    segments.sort(key=lambda segment: id(segment[0].stack))
+    x = model.forward([(answer.sequence, tokens + guessed, answer.stack) for answer, tokens, guessed in segments])
+    rows: list[int] = []
+    ready: list[tuple[_Answer, list[int]]] = []
+    end = 0
+    for answer, tokens, guessed in segments:
+        end += len(tokens) + len(guessed)
+        if len(answer.sequence.tokens) >= len(answer.prompt) + len(answer.tokens):
+            rows += range(end - len(guessed) - 1, end)
+            ready.append((answer, guessed))
+    if not ready:
+        return
+    logits = model.head(x, rows)
+    begin = 0
+    for answer, guessed in ready:
+        answer.take_all(logits[begin : begin + len(guessed) + 1], guessed)
+        begin += len(guessed) + 1
+        model.pool().cut(answer.sequence, min(len(answer.sequence.tokens), len(answer.prompt) + len(answer.tokens) - 1))
 
 
 class Session:

@@ -23,7 +23,7 @@ from nomoat.engine import kv
 from nomoat.engine.kv import KvPool
 from nomoat.engine.lora import TrainableLora, native_set
 from nomoat.engine.stack import Stack
-from nomoat.engine.weights import Weights, load_weights, read_spec
+from nomoat.engine.weights import PackedTensor, Weights, load_weights, read_spec
 from nomoat.errors import InputError, ModelError, NonFiniteError
 from nomoat.files.gguf import open_gguf
 from nomoat.models.spec import TARGETS, ModelSpec
@@ -222,11 +222,11 @@ class Model:
         tape = self._tapes.get(precision)
         if tape is None:
             tape = self._tapes[precision] = _native.Tape(self._engine, precision)
-        per_layer = rows * activation_bytes(self.spec, lora.rank * len(lora.targets), precision)
-        kept = min(self.spec.layers, budget // max(per_layer, 1))
-        for layer in range(self.spec.layers):
-            # the last layers: what is kept longest is needed first
-            tape.keep(layer, layer >= self.spec.layers - kept)
+        left = budget
+        for layer in reversed(range(self.spec.layers)):  # the last layers: what is kept longest is needed first
+            ranks = lora.rank * sum(target in lora.targets for target in self.spec.targets(layer))
+            left -= rows * activation_bytes(self.spec, layer, ranks, precision)
+            tape.keep(layer, left >= 0)
         return tape
 
     # ---- plumbing ------------------------------------------------------------------------------------------------------
@@ -253,12 +253,13 @@ class Model:
         )
 
 
-def activation_bytes(spec: ModelSpec, ranks: int, precision: str = "bf16") -> int:
-    """Bytes that the tape keeps for one row of one layer."""
-    element = 2 if precision == "bf16" else 4
-    heads = spec.heads * spec.head_dim
-    kept = 2 * spec.width + 2 * heads + 2 * spec.kv_heads * spec.head_dim + 2 * spec.ffn
-    return element * kept + 4 * (spec.heads + ranks)
+def activation_bytes(spec: ModelSpec, layer: int, ranks: int, precision: str = "bf16") -> int:
+    """Bytes that the tape keeps for one row of one layer whose adapters have `ranks` ranks in all."""
+    block = spec.blocks[layer]
+    post_norms = sum(f"blk.{layer}.{part}" in spec.tensors for part in ("attn_post_norm", "mlp_post_norm"))
+    ffn = block.ffn * (2 if spec.gated else 1) * (spec.experts_used if block.experts else 1)
+    kept = (2 + post_norms) * spec.width + 2 * (block.heads + block.kv_heads) * spec.head_dim + ffn
+    return (2 if precision == "bf16" else 4) * kept + 4 * (block.heads + ranks)
 
 
 @contextmanager
@@ -284,38 +285,61 @@ def _configure(threads: int | None) -> None:
 
 
 def _build_engine(spec: ModelSpec, weights: Weights) -> _native.Engine:
-    rope = spec.ropes[0]
-    engine = _native.Engine(
-        layers=spec.layers,
-        width=spec.width,
-        heads=spec.heads,
-        kv_heads=spec.kv_heads,
-        head_dim=spec.head_dim,
-        ffn=spec.ffn,
-        vocab=spec.vocab,
-        context=spec.context,
-        window=0,
-        eps=spec.norm_eps,
-        interleaved=rope.interleaved,
-        inv_freq=np.ascontiguousarray(rope.inv_freq, np.float32),
-        rope_magnitude=rope.magnitude,
-    )
-    tensors = weights.tensors
+    """The native engine with its rotations, layers and weights, which `weights` keeps alive. Raises ModelError."""
     try:
-        for layer in range(spec.layers):
-            for index, target in enumerate(TARGETS):
-                tensor = tensors[f"blk.{layer}.{target}"]
-                engine.set_linear(layer, index, tensor.format, tensor.data)
-            for which, name in enumerate(("attn_norm", "mlp_norm")):
-                engine.set_norm(layer, which, tensors[f"blk.{layer}.{name}"].data.view(np.float32))
-        engine.set_norm(0, 2, tensors["final_norm"].data.view(np.float32))
-        embed = tensors["embed"]
-        head = embed if spec.tied_head else tensors["head"]
-        engine.set_table(False, embed.format, embed.data)
-        engine.set_table(True, head.format, head.data)
+        engine = _native.Engine(
+            layers=spec.layers,
+            width=spec.width,
+            head_dim=spec.head_dim,
+            vocab=spec.vocab,
+            context=spec.context,
+            eps=spec.norm_eps,
+            layer_norm=spec.norm == "layer",
+            gelu=spec.activation == "gelu",
+            gated=spec.gated,
+            qk_norm=("none", "head", "row").index(spec.qk_norm),
+            score_scale=spec.score_scale,
+            score_cap=spec.score_cap,
+            logit_cap=spec.logit_cap,
+            logit_scale=spec.logit_scale,
+            embed_scale=spec.embed_scale,
+            residual_scale=spec.residual_scale,
+            experts_used=spec.experts_used,
+            expert_norm=spec.expert_norm,
+        )
+        for rope in spec.ropes:
+            engine.add_rope(rope.interleaved, np.ascontiguousarray(rope.inv_freq, np.float32), rope.magnitude)
+        for layer, block in enumerate(spec.blocks):
+            engine.set_layer(
+                layer,
+                heads=block.heads,
+                kv_heads=block.kv_heads,
+                ffn=block.ffn,
+                window=block.window,
+                rope=-1 if block.rope is None else block.rope,
+                experts=block.experts,
+            )
+        for name, tensor in weights.tensors.items():
+            _set_weight(engine, name, tensor)
+        if spec.tied_head:
+            embed = weights.tensors["embed"]
+            engine.set_table(True, embed.format, embed.data)
     except ValueError as error:
         raise ModelError(f"{spec.name}: {error}", code="E_SHAPE") from None
     return engine
+
+
+def _set_weight(engine: _native.Engine, name: str, tensor: PackedTensor) -> None:
+    """Hands one weight to the engine, by its engine name."""
+    layer, part = (int(name.split(".")[1]), name.split(".")[2]) if name.startswith("blk.") else (-1, name)
+    if name in ("embed", "head"):
+        engine.set_table(name == "head", tensor.format, tensor.data)
+    elif part in TARGETS:
+        engine.set_linear(layer, TARGETS.index(part), tensor.format, tensor.data)
+    elif part == "router":
+        engine.set_router(layer, tensor.format, tensor.data)
+    else:
+        engine.set_vector(layer, part, tensor.data.view(np.float32))
 
 
 def _share_prefix(pack: Rows) -> tuple[Int32, list[int], list[int], int, Int32]:

@@ -6,13 +6,14 @@ Memory
     weights       file x 1.03                                       packed layout, docs/reference
     KV            2 L K Dh x 2 bytes for each token of context      keys and values in bf16
     activations   2 (2 D + 2 H Dh + 2 K Dh + 3 F) + 8 D bytes       for each token and layer that is kept for backward:
-                  bf16 inputs of the linears, fp32 residual stream; a recomputed layer keeps its fp32 input, 4 D, alone
+                  bf16 inputs of the linears, fp32 residual stream; 2 F without a gate, 3 D or 4 D with post-norms; a
+                  recomputed layer keeps its fp32 input, 4 D, alone
     adapter       16 bytes for each parameter                       A and B, gradient, two Adam moments, all fp32
     the rest      150 MB                                            Python, libraries, buffers
 Time
     training      4 N + 6 adapter + 7 L H Dh T FLOPs for each token: forward 2 N and dX 2 N, no dW for frozen weights; LoRA
-                  forward 2 and backward 4; causal attention over T tokens forward 2 and backward 5; the head counts for the
-                  share of tokens that carry loss
+                  forward 2 and backward 4; causal attention over T tokens (or the window) forward 2 and backward 5; the head
+                  counts for the share of tokens that carry loss
     decoding      every weight is read once for each token
 """
 
@@ -83,10 +84,15 @@ def kv_bytes_per_token(spec: ModelSpec) -> int:
 
 def activation_bytes_per_token(spec: ModelSpec, *, recompute: bool = False) -> int:
     """What one token keeps for backward, over all layers. With `recompute` one layer is whole and the others keep their input."""
-    heads, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    ffn = spec.ffn * max(spec.experts_used, 1)
-    layer = 2 * (2 * spec.width + 2 * heads + 2 * kv + 3 * ffn) + 8 * spec.width
-    return layer + (spec.layers - 1) * 4 * spec.width if recompute else spec.layers * layer
+    layers = [_layer_activation_bytes(spec, layer) for layer in range(spec.layers)]
+    return max(layers) + (spec.layers - 1) * 4 * spec.width if recompute else sum(layers)
+
+
+def _layer_activation_bytes(spec: ModelSpec, layer: int) -> int:
+    block = spec.blocks[layer]
+    post_norms = sum(f"blk.{layer}.{part}" in spec.tensors for part in ("attn_post_norm", "mlp_post_norm"))
+    ffn = block.ffn * (3 if spec.gated else 2) * (spec.experts_used if block.experts else 1)
+    return 2 * ((2 + post_norms) * spec.width + 2 * (block.heads + block.kv_heads) * spec.head_dim + ffn) + 8 * spec.width
 
 
 def adapter_parameters(spec: ModelSpec, rank: int, targets: Collection[str] = TARGETS) -> int:
@@ -109,7 +115,7 @@ def train_flops_per_token(spec: ModelSpec, parameters: int, *, length: int = 512
     """FLOPs of one training token in segments of `length` tokens, of which `loss_share` carry loss."""
     linears = spec.active_parameters() - (1 if spec.tied_head else 2) * spec.vocab * spec.width
     head = spec.vocab * spec.width * loss_share
-    attention = 7 * spec.layers * spec.heads * spec.head_dim * length
+    attention = 7 * spec.head_dim * sum(block.heads * min(block.window or length, length) for block in spec.blocks)
     return 4 * (linears + head) + 6 * parameters + attention
 
 

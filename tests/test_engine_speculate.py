@@ -1,0 +1,113 @@
+"""Guessed tokens change the number of steps, never the answer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine_side import adapter_of
+from nomoat.engine.speculate import LONGEST, MATCH, PromptLookup
+from reference import random_lora
+from tiny import tiny_llama
+
+pytest.importorskip("nomoat._native")
+
+from nomoat.engine.generate import Sampling, Session, generate, stream
+from nomoat.engine.model import Model
+from nomoat.engine.stack import Stack
+
+RNG = np.random.default_rng(5)
+PATTERN = RNG.integers(3, 271, 7).tolist()
+PROMPTS = [PATTERN * 5, RNG.integers(3, 271, 20).tolist(), PATTERN * 3 + [9, 8], [11]]
+SAMPLINGS = {
+    "greedy": Sampling(max_tokens=60),
+    "sampled": Sampling(temperature=0.8, top_k=40, top_p=0.9, seed=3, max_tokens=40),
+    "penalized": Sampling(repetition_penalty=1.2, frequency_penalty=0.1, max_tokens=40),
+    "stopped": Sampling(max_tokens=60, stop=("th", "e")),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return Model.load(tiny_llama(tmp_path_factory.mktemp("speculate") / "model.gguf", type="Q4_1"), threads=2)
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+@pytest.mark.parametrize("max_batch", [1, 3, 16])
+def test_answers_are_those_without_guesses(model: Model, name: str, max_batch: int) -> None:
+    sampling = SAMPLINGS[name]
+    stack = Stack(model.spec, [(adapter_of(random_lora(model.spec, rank=4, seed=1)), 1.0)])
+    stacks = [None, stack, stack, None]
+    plain = [
+        generate(model, [p], replace(sampling, speculate=False), stacks=[s])[0] for p, s in zip(PROMPTS, stacks, strict=True)
+    ]
+    assert generate(model, PROMPTS, sampling, stacks=stacks, max_batch=max_batch) == plain
+
+
+def test_repetition_takes_fewer_steps(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A greedy tiny model falls into a loop, which is then guessed."""
+    steps: list[int] = []
+    forward = Model.forward
+
+    def counted(self: Model, segments: list[tuple[object, list[int], object]], **others: object) -> object:
+        steps.append(sum(len(tokens) for _, tokens, _ in segments))
+        return forward(self, segments, **others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Model, "forward", counted)
+    sampling = Sampling(max_tokens=200)
+    counts = {}
+    for speculate in (False, True):
+        steps.clear()
+        generate(model, PROMPTS[:1], replace(sampling, speculate=speculate))
+        counts[speculate] = len(steps)
+    assert counts[False] == 200
+    assert counts[True] < 100
+
+
+def test_a_conversation_goes_on_from_what_was_said(model: Model) -> None:
+    """Nothing that was only guessed stays in the cache of a session."""
+    session = Session(model)
+    asked = list(PROMPTS[0])
+    for _ in range(3):
+        pieces = stream(model, asked, SAMPLINGS["greedy"], session=session)
+        text = "".join(pieces)
+        answer = generate(model, [asked], replace(SAMPLINGS["greedy"], speculate=False))[0]
+        assert text == answer.text
+        assert session.sequence.tokens == (asked + answer.tokens)[:-1]
+        asked = asked + answer.tokens + PATTERN
+    session.release()
+
+
+def test_answers_end_at_their_limit_and_at_the_context(tmp_path: Path) -> None:
+    small = Model.load(tiny_llama(tmp_path / "model.gguf", context=64))
+    for limit in (1, 2, 5):
+        assert len(generate(small, [PATTERN * 4], Sampling(max_tokens=limit))[0].tokens) == limit
+    full = generate(small, [PATTERN * 4], Sampling(max_tokens=1000))[0]
+    assert full.prompt_tokens + len(full.tokens) <= 64
+    assert full == generate(small, [PATTERN * 4], Sampling(max_tokens=1000, speculate=False))[0]
+
+
+def test_what_followed_last_time_is_guessed() -> None:
+    lookup = PromptLookup([1, 2, 3, 4, 5, 6, 1, 2, 3])
+    assert lookup.guess(10) == [4, 5, 6, 1]
+    assert lookup.guess(2) == [4, 5]
+    assert lookup.guess(0) == []
+    lookup.extend([9])
+    assert lookup.guess(10) == []
+    lookup.extend([1, 2, 3])
+    assert lookup.guess(10) == [9, 1, 2, 3]  # the latest occurrence counts
+    assert PromptLookup(range(MATCH)).guess(10) == PromptLookup([7] * (MATCH - 1)).guess(10) == PromptLookup().guess(10) == []
+
+
+def test_guesses_grow_while_they_are_right() -> None:
+    lookup = PromptLookup([1, 2, 3] * 20)
+    lengths = []
+    for _ in range(4):
+        lengths.append(len(lookup.guess(100)))
+        lookup.judged(lengths[-1], lengths[-1])
+    assert lengths == [4, 8, LONGEST, LONGEST]
+    lookup.judged(5, 0)
+    assert len(lookup.guess(100)) == 1
