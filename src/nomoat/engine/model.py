@@ -73,16 +73,19 @@ class Model:
         *,
         threads: int | None = None,
         quantize: str = "Q8_0",
+        context: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Model:
         """Opens a GGUF file or a Hugging Face folder (quantized to `quantize`: Q8_0, Q4_K, none).
+
+        `context` is how many tokens it will run with, by default all that it was trained for; see `spec_from_gguf`.
 
         Raises ModelError, FileFormatError, NotFoundError, ResourceError.
         """
         path = Path(path)
         _configure(threads)
         with _no_collection():
-            spec = read_spec(path)
+            spec = read_spec(path, context=context)
             weights = load_weights(path, spec, quantize=quantize, progress=progress)
             if path.is_dir():
                 tokenizer = Tokenizer.from_folder(path)

@@ -65,13 +65,16 @@ class Weights:
     digest: str
 
 
-def read_spec(path: Path) -> ModelSpec:
-    """Describes a GGUF file or a Hugging Face folder. Raises ModelError, FileFormatError, NotFoundError."""
+def read_spec(path: Path, *, context: int | None = None) -> ModelSpec:
+    """Describes a GGUF file or a Hugging Face folder; `context` as in `spec_from_gguf`.
+
+    Raises ModelError, FileFormatError, NotFoundError.
+    """
     if path.is_dir():
         with open_safetensors(path) as file:
-            return spec_from_hf(read_config(path), file.tensors, name=path.name)
+            return spec_from_hf(read_config(path), file.tensors, name=path.name, context=context)
     with open_gguf(path) as gguf:
-        return spec_from_gguf(gguf)
+        return spec_from_gguf(gguf, context=context)
 
 
 def load_weights(path: Path, spec: ModelSpec, *, quantize: str = "Q8_0", progress: Progress | None = None) -> Weights:

@@ -33,9 +33,36 @@ __all__ = [
 ]
 
 #: `general.architecture` of a GGUF, which is also `ModelSpec.architecture` -> module of this package
-GGUF_ARCHITECTURES = {"llama": "llama"}
+GGUF_ARCHITECTURES = {
+    "gemma2": "gemma2",
+    "gemma3": "gemma3",
+    "granite": "granite",
+    "llama": "llama",
+    "olmo2": "olmo2",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3moe": "qwen3moe",
+    "smollm3": "smollm3",
+    "starcoder2": "starcoder2",
+}
 #: `model_type` of a Hugging Face config -> module of this package
-HF_MODEL_TYPES = {"llama": "llama", "mistral": "mistral"}
+HF_MODEL_TYPES = {
+    "gemma2": "gemma2",
+    "gemma3": "gemma3",
+    "gemma3_text": "gemma3",
+    "granite": "granite",
+    "llama": "llama",
+    "mistral": "mistral",
+    "mixtral": "mixtral",
+    "olmo2": "olmo2",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
+    "smollm3": "smollm3",
+    "starcoder2": "starcoder2",
+}
 
 
 def architecture(spec: ModelSpec) -> ModuleType:

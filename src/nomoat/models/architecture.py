@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from nomoat.errors import InputError
 from nomoat.models.fields import Fields
 from nomoat.models.rope import Rotation
 from nomoat.models.spec import LayerSpec, ModelSpec, RopeSpec
@@ -70,13 +71,15 @@ class Draft:
         of each input.
         """
         if wanted is not None:
+            if wanted < 1:
+                raise InputError(f"context is {wanted:,}; expected 1 or more", code="E_LIMIT")
             return min(wanted, self.context), ()
         original = min((rotation.original for rotation in self.rotations if rotation.long is not None), default=self.context)
         if original >= self.context:
             return self.context, ()
         note = (
-            f"context limited to {original:,} of {self.context:,} tokens: beyond them all positions turn by other factors, "
-            "which serve short texts less well"
+            f"context limited to {original:,} of {self.context:,} tokens, where the model's short rotary factors hold; "
+            "Model.load(context=...) takes more of it, with the long factors at every position"
         )
         return original, (note,)
 

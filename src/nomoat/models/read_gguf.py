@@ -61,8 +61,8 @@ def read(arch: Architecture, file: Contents, *, context: int | None = None) -> M
     arch.from_metadata(keys, model)
     spec = model.spec(arch.name, name=file.name, interleaved=arch.interleaved, context=context)
     spec = tensors.from_gguf(arch, spec, _biases(arch, spec, file), file.tensors)
-    check.present(file.where, spec, file.tensors)
     check.left_out(file.where, spec, file.tensors)
+    check.present(file.where, spec, file.tensors)
     spec = check.with_unused(spec, file.tensors, HARMLESS)
     check.shapes_and_types(file.where, spec, file.tensors)
     return spec

@@ -47,8 +47,8 @@ def read(
             f"{where}: gate and up of all experts are one tensor (`{printable(fused[0])}`), which nomoat does not read; "
             "save the model in its original format, or convert it to GGUF"
         )
-    check.present(where, spec, names)
     check.left_out(where, spec, [tensor for tensor in names if tensor.startswith(f"{root}layers.")])
+    check.present(where, spec, names)
     harmless = (*HARMLESS, f"{arch.roots[root]}.weight") if spec.tied_head else HARMLESS
     spec = check.with_unused(spec, names, harmless)
     if isinstance(names, Mapping):
