@@ -74,7 +74,7 @@ def test_weight_must_be_finite(weight: float) -> None:
 def test_an_adapter_of_another_shape_is_refused() -> None:
     spec = toy_spec()
     adapter = random_adapter(spec, 1)
-    for wrong in (toy_spec(layers=1), replace(spec, width=16), replace(spec, kv_heads=3)):
+    for wrong in (toy_spec(layers=1), replace(spec, width=16), replace(spec, blocks=(replace(spec.blocks[0], kv_heads=3),) * 2)):
         with pytest.raises(AdapterError):
             Stack(wrong, [(adapter, 1.0)])
 

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from nomoat.engine.lora import TrainableLora
 from nomoat.errors import InputError, ResourceError
 from nomoat.hub.fit import Machine
-from nomoat.models.spec import LayerSpec
+from nomoat.models.spec import TARGETS, LayerSpec
 from nomoat.train.plan import TrainOptions, check_resources, default_learning_rate, make_plan
 from toy import toy_spec
 
@@ -98,3 +99,24 @@ def test_learning_rate_falls_with_size() -> None:
     small = toy_spec()
     large = replace(small, blocks=(LayerSpec(32, 8, 14336),) * 32, width=4096, head_dim=128, vocab=128_256)
     assert default_learning_rate(small) > default_learning_rate(large) > 0
+
+
+def test_targets_that_a_model_has() -> None:
+    """All means all that there are; one that is named must be there."""
+    plain = replace(toy_spec(), gated=False)
+    mixture = replace(toy_spec(), blocks=(replace(toy_spec().blocks[0], experts=4),) * 2, experts_used=2)
+    mixed = replace(mixture, blocks=(mixture.blocks[0], toy_spec().blocks[0]))
+    for spec, absent in ((plain, ("gate",)), (mixture, ("gate", "up", "down")), (mixed, ())):
+        TrainOptions(rank=2).check_model(spec)
+        lora = TrainableLora(spec, rank=2)
+        assert lora.targets == tuple(target for target in TARGETS if target not in absent)
+        assert lora.to_adapter().places() == list(spec.places())
+        lora.to_adapter().check(spec)
+        plan = make_plan(TrainOptions(rank=2), spec, MACHINE, **COUNTS)
+        assert plan.trainable == sum(parameter.size for parameter in lora.parameters)
+        for target in absent:
+            with pytest.raises(InputError, match=f"cannot cover {target}; it can cover q, k, v, o"):
+                TrainOptions(rank=2, targets=("q", target)).check_model(spec)
+            with pytest.raises(InputError, match="the model has none of them"):
+                TrainableLora(spec, rank=2, targets=(target,))
+    assert [place for place in mixed.places() if place[0] == 0] == [(0, target) for target in "qkvo"]

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import Phi3Config, Phi3ForCausalLM
 
 from engine_side import adapter_of, lora_of
 from nomoat.adapters.package import load_adapter, save_adapter
@@ -59,3 +60,39 @@ def test_the_permutation_matters(tmp_path: Path) -> None:
     lora = random_lora(base.spec, rank=4, scale=0.5, targets=("q", "k"))
     model = peft_side.with_lora(peft_side.load_base(folder, torch.float64), lora)
     assert np.abs(base.logits(TOKENS, lora=lora) - peft_logits(model)).max() > 100 * TOLERANCE
+
+
+@pytest.fixture
+def phi3(tmp_path: Path) -> tuple[Reference, Any]:
+    """A tiny Phi 3 by transformers, whose q, k, v are one module and gate, up another, and the reference from its folder."""
+    torch.manual_seed(0)
+    config = Phi3Config(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=288,
+        max_position_embeddings=256, pad_token_id=0, tie_word_embeddings=False,
+    )  # fmt: skip
+    Phi3ForCausalLM(config).save_pretrained(tmp_path / "phi3")
+    base = Phi3ForCausalLM.from_pretrained(tmp_path / "phi3", dtype=torch.float64, attn_implementation="eager").eval()
+    return Reference.load(tmp_path / "phi3"), base
+
+
+@pytest.mark.parametrize("targets", [TARGETS, ("q",), ("k", "v", "up"), ("gate", "down")])
+def test_fused_modules_saved_here_load_in_peft(phi3: tuple[Reference, Any], targets: tuple[str, ...], tmp_path: Path) -> None:
+    reference, base = phi3
+    lora = random_lora(reference.spec, rank=4, scale=0.5, targets=targets)
+    save_adapter(tmp_path / "adapter", adapter_of(lora), reference.spec, {})
+    plain = peft_logits(base)
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    np.testing.assert_allclose(reference.logits(TOKENS, lora=lora), peft_logits(model), rtol=0, atol=TOLERANCE)
+    assert np.abs(peft_logits(model) - plain).max() > 100 * TOLERANCE  # the adapter matters
+
+
+def test_fused_modules_saved_by_peft_load_here(phi3: tuple[Reference, Any], tmp_path: Path) -> None:
+    reference, base = phi3
+    modules = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=modules, init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(base, config).eval()
+    expected = peft_logits(model)
+    model.float().save_pretrained(tmp_path / "adapter")
+    adapter, _ = load_adapter(tmp_path / "adapter", reference.spec)
+    assert adapter.targets == TARGETS
+    np.testing.assert_allclose(reference.logits(TOKENS, lora=lora_of(adapter)), expected, rtol=0, atol=TOLERANCE)

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nomoat.adapters.convert.peft import MAX_RANK, from_peft, parse_config, peft_modules, place_of, to_peft
+from nomoat.adapters.convert.peft import MAX_MODULE_RANK, from_peft, module_of, parse_config, to_peft
 from nomoat.engine.stack import Adapter
 from nomoat.errors import AdapterError, NotFoundError, printable
 from nomoat.files.atomic import atomic_folder, sweep
@@ -86,14 +86,12 @@ def load_adapter(path: Path | str, spec: ModelSpec, *, base: Mapping[str, Any] |
     if base is not None:
         check_base(manifest, base)
     config = parse_config(_read_json(folder / CONFIG))
-    modules = peft_modules(spec)
     with open_safetensors(folder / WEIGHTS) as file:
         for name, slot in file.tensors.items():  # names and shapes before any byte of the weights is read
-            (layer, target), side = place_of(name, modules)
-            known = layer < spec.layers and target in spec.targets(layer)
-            rows, columns = spec.linear_shape(target, layer if known else 0)
-            fits = len(slot.shape) == 2 and 1 <= slot.shape[0 if side == "A" else 1] <= MAX_RANK
-            if not known or not fits or slot.shape[1 if side == "A" else 0] != (columns if side == "A" else rows):
+            module, side = module_of(name, spec)
+            rows, columns = module.shape(spec)
+            fits = len(slot.shape) == 2 and 1 <= slot.shape[0 if side == "A" else 1] <= MAX_MODULE_RANK
+            if not module.fits(spec) or not fits or slot.shape[1 if side == "A" else 0] != (columns if side == "A" else rows):
                 raise AdapterError(
                     f"tensor {printable(name)} is {list(slot.shape)}; the base model {printable(spec.name)} has {spec.layers} "
                     f"layers, and its weight there is [{rows}, {columns}]. Is this adapter for another model?",

@@ -33,7 +33,8 @@ class TrainableLora:
     """A new adapter, on top of a frozen stack if `base` is given: at each linear both are one adapter of concatenated rank.
 
     `parameters` and `gradients` are float32 views, A [r, K] and B^T [r, N] in turn, named by `names`. A is Kaiming-uniform as
-    in PEFT (U(-1/sqrt(K), 1/sqrt(K))), B is zero, so training starts from the base model. Raises InputError E_LIMIT.
+    in PEFT (U(-1/sqrt(K), 1/sqrt(K))), B is zero, so training starts from the base model. `targets` keeps those that the model
+    has: no gate in an MLP without one, nothing in experts. Raises InputError E_LIMIT.
     """
 
     def __init__(
@@ -46,13 +47,16 @@ class TrainableLora:
         seed: int = 0,
         base: Stack | None = None,
     ) -> None:
-        smallest = min(min(spec.linear_shape(target, layer)) for layer, target in spec.places())
-        if not 1 <= rank <= smallest:
-            raise InputError(f"rank {rank}; expected 1 to {smallest}, the smallest side of a linear here", code="E_LIMIT")
         if not targets or set(targets) - set(TARGETS):
             raise InputError(f"targets {', '.join(targets) or '(none)'}; expected some of {', '.join(TARGETS)}", code="E_LIMIT")
+        places = [(layer, target) for layer, target in spec.places() if target in targets]
+        if not places:
+            raise InputError(f"targets {', '.join(targets)}; the model has none of them outside of experts", code="E_LIMIT")
+        smallest = min(min(spec.linear_shape(target, layer)) for layer, target in places)
+        if not 1 <= rank <= smallest:
+            raise InputError(f"rank {rank}; expected 1 to {smallest}, the smallest side of a linear here", code="E_LIMIT")
         self.spec, self.rank, self.alpha = spec, rank, alpha
-        self.targets = tuple(target for target in TARGETS if target in targets)
+        self.targets = tuple(target for target in TARGETS if any(target == place[1] for place in places))
         self.base = base
         self.names: list[str] = []
         self.parameters: list[Float32] = []

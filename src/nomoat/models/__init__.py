@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from nomoat.files.gguf import GgufFile
-    from nomoat.models.architecture import Architecture
+    from nomoat.models.arch import Architecture
 
 __all__ = [
     "GGUF_ARCHITECTURES",

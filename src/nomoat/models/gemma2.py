@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from nomoat.models import layers, llama
-from nomoat.models.architecture import Architecture, Draft
+from nomoat.models.arch import Architecture, Draft
 from nomoat.models.fields import Fields
 from nomoat.models.spec import ModelSpec
 

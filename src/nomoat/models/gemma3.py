@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from nomoat.models import gemma2, layers, rope
-from nomoat.models.architecture import Draft
+from nomoat.models.arch import Draft
 from nomoat.models.fields import MAX_LAYERS, Fields
 from nomoat.models.spec import ModelSpec
 

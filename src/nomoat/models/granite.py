@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nomoat.models import llama
-from nomoat.models.architecture import Architecture, Draft
+from nomoat.models.arch import Architecture, Draft
 from nomoat.models.fields import Fields
 from nomoat.models.spec import ModelSpec
 

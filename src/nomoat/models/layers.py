@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from nomoat.models.architecture import Draft
+from nomoat.models.arch import Draft
 from nomoat.models.fields import MAX_CONTEXT, MAX_EXPERTS, Fields
 
 FULL, SLIDING = "full_attention", "sliding_attention"

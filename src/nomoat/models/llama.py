@@ -5,7 +5,7 @@ One layer: RMSNorm, attention with grouped key/value heads and rotary embedding,
 
 from __future__ import annotations
 
-from nomoat.models.architecture import Architecture
+from nomoat.models.arch import Architecture
 
 PEFT_MODULES = {
     "q": "self_attn.q_proj",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from nomoat.models import layers, mistral
-from nomoat.models.architecture import Draft
+from nomoat.models.arch import Draft
 from nomoat.models.fields import Fields
 
 PEFT_MODULES = mistral.PEFT_MODULES

@@ -6,7 +6,7 @@ GGUF files of OLMo 3 are of this architecture too: three of four layers have a w
 from __future__ import annotations
 
 from nomoat.models import llama
-from nomoat.models.architecture import Architecture
+from nomoat.models.arch import Architecture
 
 PEFT_MODULES = llama.PEFT_MODULES
 

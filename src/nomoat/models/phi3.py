@@ -6,7 +6,7 @@ Heads may turn only in part, rows may see a window, and models of 128k tokens ha
 from __future__ import annotations
 
 from nomoat.models import llama
-from nomoat.models.architecture import Architecture
+from nomoat.models.arch import Architecture
 from nomoat.models.layers import window_everywhere
 
 PEFT_MODULES = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nomoat.models import layers, llama
-from nomoat.models.architecture import Architecture, Draft
+from nomoat.models.arch import Architecture, Draft
 from nomoat.models.fields import MAX_LAYERS, Fields
 
 PEFT_MODULES = llama.PEFT_MODULES

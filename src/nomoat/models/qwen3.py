@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nomoat.models import llama, qwen2
-from nomoat.models.architecture import Architecture
+from nomoat.models.arch import Architecture
 
 PEFT_MODULES = llama.PEFT_MODULES
 NORMS = {**llama.NORMS, "q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from nomoat.models import layers, qwen3
-from nomoat.models.architecture import Draft
+from nomoat.models.arch import Draft
 from nomoat.models.fields import MAX_FFN, MAX_LAYERS, Fields
 
 PEFT_MODULES = qwen3.PEFT_MODULES

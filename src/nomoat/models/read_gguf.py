@@ -13,7 +13,7 @@ import numpy as np
 from nomoat.errors import ModelError, printable
 from nomoat.files.gguf import GgufFile
 from nomoat.models import check, rope, tensors
-from nomoat.models.architecture import Architecture, Draft
+from nomoat.models.arch import Architecture, Draft
 from nomoat.models.fields import (
     MAX_CONTEXT,
     MAX_EXPERTS,

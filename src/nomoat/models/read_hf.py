@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 
 from nomoat.errors import ModelError, printable
 from nomoat.models import check, rope, tensors
-from nomoat.models.architecture import Architecture, Draft
+from nomoat.models.arch import Architecture, Draft
 from nomoat.models.fields import (
     MAX_CONTEXT,
     MAX_EXPERTS,

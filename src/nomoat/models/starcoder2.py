@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nomoat.models import llama
-from nomoat.models.architecture import Architecture
+from nomoat.models.arch import Architecture
 from nomoat.models.layers import window_everywhere
 
 PEFT_MODULES = {

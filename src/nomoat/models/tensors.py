@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
-from nomoat.models.architecture import PARTS, Architecture
+from nomoat.models.arch import PARTS, Architecture
 from nomoat.models.spec import EXPERT_TARGETS, TARGETS, LayerSpec, ModelSpec, Source
 
 #: engine name -> name outside the layers

@@ -11,7 +11,7 @@ import numpy as np
 
 from nomoat.errors import ModelError, printable
 from nomoat.models import check, read_gguf, read_hf, tensors
-from nomoat.models.architecture import Architecture, Draft
+from nomoat.models.arch import Architecture, Draft
 from nomoat.models.rope import Float32
 from nomoat.models.spec import ModelSpec, RopeSpec
 

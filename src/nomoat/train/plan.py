@@ -22,6 +22,7 @@ MAX_STEPS = 10_000_000
 class TrainOptions:
     """Everything that decides the numbers of a run (and, last, when to save). Checked when made: InputError E_LIMIT.
 
+    targets             linears that the adapter covers; all of them means all that the model has outside of experts
     warmup              fraction of all steps
     max_tokens          rows of one micro-batch; bounds the memory of activations
     context             longest example in tokens; None: what the model was trained for, at most 2,048
@@ -100,9 +101,15 @@ class TrainOptions:
 
     def check_model(self, spec: ModelSpec) -> None:
         """Raises InputError E_LIMIT where the options do not fit the model."""
+        there = {target for _, target in spec.places()}
+        absent = [target for target in self.targets if target not in there]
+        if absent and set(self.targets) != set(TARGETS):
+            raise InputError(
+                f"targets: an adapter of this model cannot cover {', '.join(absent)}; it can cover "
+                f"{', '.join(target for target in TARGETS if target in there)}",
+                code="E_LIMIT",
+            )
         shapes = [spec.linear_shape(target, layer) for layer, target in spec.places() if target in self.targets]
-        if not shapes:
-            raise InputError(f"targets: the model has none of {', '.join(self.targets)}", code="E_LIMIT")
         smallest = min(map(min, shapes))
         if self.rank > smallest:
             raise InputError(f"rank is {self.rank}, but the narrowest adapted matrix of the model has {smallest}", code="E_LIMIT")

@@ -2,8 +2,11 @@
 
 Format: https://github.com/huggingface/peft, `LoraConfig` (fields checked against 0.21.2).
 Tensors are `base_model.model.model.layers.<i>.<module>.lora_A.weight` [r, in] and `.lora_B.weight` [out, r], in the row
-order of the Hugging Face model. Files of architecture `llama` in GGUF hold the rows of q and k in another order (rotary
-pairs side by side), and an adapter trained on one must follow: `to_base_rows` and `to_huggingface_rows` permute B.
+order of the Hugging Face model. GGUF files of some architectures hold the rows of q and k in another order (rotary pairs
+side by side), and an adapter trained on one must follow: `to_base_rows` and `to_huggingface_rows` permute B.
+
+A module may hold several targets, their rows one below the other (q, k, v in Phi 3). Its B is then split by rows under one A;
+adapters that were trained apart become A = [Aq; Ak; Av] and a B that is block-diagonal, and are taken apart again by its zeros.
 
 Text out of a package never reaches a regular-expression engine: patterns are plain names that match at a dot.
 """
@@ -14,7 +17,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,8 +26,9 @@ from nomoat.errors import AdapterError, printable
 from nomoat.models.spec import TARGETS, ModelSpec
 
 MAX_RANK = 4096
+MAX_MODULE_RANK = 3 * MAX_RANK  # of a module that holds three targets
 MAX_ALPHA = 1e6
-PREFIX = "base_model.model.model.layers."
+PREFIX = "base_model.model."
 
 #: Fields that change what the adapter computes, in ways that nomoat does not do, and how to get an adapter without them.
 UNSUPPORTED: Mapping[str, str] = MappingProxyType(
@@ -98,7 +102,7 @@ def parse_config(config: object) -> LoraConfig:
     rslora = config.get("use_rslora", False)
     if not isinstance(rslora, bool | None):
         raise AdapterError(f"adapter_config.json: use_rslora is {_shown(rslora)}; expected true or false", code="E_TYPE")
-    ranks = {key: _integer(f"rank_pattern.{key}", value, MAX_RANK) for key, value in _pattern(config, "rank_pattern")}
+    ranks = {key: _integer(f"rank_pattern.{key}", value, MAX_MODULE_RANK) for key, value in _pattern(config, "rank_pattern")}
     alphas = {key: _number(f"alpha_pattern.{key}", value, MAX_ALPHA) for key, value in _pattern(config, "alpha_pattern")}
     return LoraConfig(rank, alpha, bool(rslora), _targets(config.get("target_modules")), ranks, alphas)
 
@@ -189,10 +193,33 @@ def _shown(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def place_of(name: str, modules: Mapping[str, str]) -> tuple[Place, str]:
-    """ "base_model.model.model.layers.3.mlp.up_proj.lora_B.weight" -> ((3, "up"), "B").
+class Module(NamedTuple):
+    """A linear of the Hugging Face model, and the targets whose rows it holds."""
 
-    `modules` maps targets to module paths below the layer. Raises AdapterError E_ARCH for anything else.
+    layer: int
+    path: str  # below the layer: "self_attn.q_proj"
+    root: str  # before `layers`: "model."
+    targets: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.root}layers.{self.layer}.{self.path}"
+
+    def fits(self, spec: ModelSpec) -> bool:
+        """Whether the model has such a layer, with these linears in it."""
+        return self.layer < spec.layers and set(self.targets) <= set(spec.targets(self.layer))
+
+    def shape(self, spec: ModelSpec) -> tuple[int, int]:
+        """(rows, columns) of the linear, all its targets together."""
+        layer = self.layer if self.layer < spec.layers else 0
+        shapes = [spec.linear_shape(target, layer) for target in self.targets]
+        return sum(rows for rows, _ in shapes), shapes[0][1]
+
+
+def module_of(name: str, spec: ModelSpec) -> tuple[Module, str]:
+    """ "base_model.model.model.layers.3.mlp.up_proj.lora_B.weight" -> (up of layer 3, "B").
+
+    The layer need not exist. Raises AdapterError E_ARCH for anything that is no adapter of one of the model's linears.
     """
     for mark, reason in (
         ("lora_magnitude_vector", "DoRA changes the base weights' magnitude; merge it into the model instead"),
@@ -201,18 +228,19 @@ def place_of(name: str, modules: Mapping[str, str]) -> tuple[Place, str]:
     ):
         if mark in name:
             raise AdapterError(f"tensor {_shown(name)}: {reason}", code="E_ARCH")
-    layer, _, rest = name.removeprefix(PREFIX).partition(".")
-    module, _, side = rest.rpartition(".lora_")
-    target = next((target for target, path in modules.items() if path == module), None)
-    if not name.startswith(PREFIX) or target is None or side not in ("A.weight", "B.weight"):
+    paths, roots = _paths(spec), _roots(spec)
+    root = next((root for root in roots if name.startswith(f"{PREFIX}{root}layers.")), None)
+    layer, _, rest = name.removeprefix(f"{PREFIX}{root}layers.").partition(".")
+    path, _, side = rest.rpartition(".lora_")
+    if root is None or path not in paths or side not in ("A.weight", "B.weight"):
         raise AdapterError(
-            f"tensor {_shown(name)}: expected {PREFIX}<layer>.<module>.lora_A.weight or .lora_B.weight with a module of "
-            f"{', '.join(modules.values())}; nomoat refuses an adapter rather than leave out a part of it",
+            f"tensor {_shown(name)}: expected {PREFIX}{roots[0]}layers.<layer>.<module>.lora_A.weight or .lora_B.weight with a "
+            f"module of {', '.join(paths)}; nomoat refuses an adapter rather than leave out a part of it",
             code="E_ARCH",
         )
     if not (layer.isascii() and layer.isdigit() and len(layer) <= 5 and str(int(layer)) == layer):
         raise AdapterError(f"tensor {_shown(name)}: {_shown(layer)} is not a layer number", code="E_ARCH")
-    return (int(layer), target), side[0]
+    return Module(int(layer), path, root, paths[path]), side[0]
 
 
 def from_peft(config: LoraConfig, arrays: Mapping[str, Float32], spec: ModelSpec) -> Adapter:
@@ -220,49 +248,88 @@ def from_peft(config: LoraConfig, arrays: Mapping[str, Float32], spec: ModelSpec
 
     A place whose strength differs from the whole adapter's (patterns) gets the difference multiplied into its B.
     """
-    modules = peft_modules(spec)
-    sides: dict[Place, dict[str, Float32]] = {}
+    sides: dict[Module, dict[str, Float32]] = {}
     for name, array in arrays.items():
-        place, side = place_of(name, modules)
-        sides.setdefault(place, {})[side] = array
+        module, side = module_of(name, spec)
+        sides.setdefault(module, {})[side] = array
     alpha = config.alpha * math.sqrt(config.rank) if config.rslora else config.alpha
     tensors: dict[Place, tuple[Float32, Float32]] = {}
-    for (layer, target), pair in sides.items():
-        module = f"model.layers.{layer}.{modules[target]}"
+    for module, pair in sides.items():
         if len(pair) != 2:
-            raise AdapterError(f"{module}: lora_{next(iter(pair))} has no partner; A and B belong together", code="E_SHAPE")
-        if config.targets is not None and _matching(config.targets, module) is None:
-            raise AdapterError(f"{module} has weights, but target_modules does not name it", code="E_SHAPE")
+            raise AdapterError(f"{module.name}: lora_{next(iter(pair))} has no partner; A and B belong together", code="E_SHAPE")
+        if config.targets is not None and _matching(config.targets, module.name) is None:
+            raise AdapterError(f"{module.name} has weights, but target_modules does not name it", code="E_SHAPE")
         a, b = pair["A"], pair["B"]
-        if a.ndim != 2 or a.shape[0] != config.rank_of(module):
-            raise AdapterError(
-                f"{module}: A is {list(a.shape)}, but adapter_config.json says rank {config.rank_of(module)}", code="E_SHAPE"
-            )
-        factor = config.scale_of(module) / (alpha / config.rank)
+        rank = config.rank_of(module.name)
+        if a.ndim != 2 or a.shape[0] != rank:
+            raise AdapterError(f"{module.name}: A is {list(a.shape)}, but adapter_config.json says rank {rank}", code="E_SHAPE")
+        factor = config.scale_of(module.name) / (alpha / config.rank)
         if factor != 1.0 and not math.isclose(factor, 1.0, rel_tol=1e-12):
             b = b * np.float32(factor)
-        tensors[layer, target] = (np.ascontiguousarray(a), b)
+        tensors |= _split(module, np.ascontiguousarray(a), b, spec)
     targets = tuple(target for target in TARGETS if any(target == place[1] for place in tensors))
     Adapter(config.rank, alpha, targets, tensors).check(spec)  # shapes first: rows can be permuted only where they fit
     ordered = {place: (a, to_base_rows(b, place[1], spec)) for place, (a, b) in tensors.items()}
     return Adapter(config.rank, alpha, targets, ordered)
 
 
+def _split(module: Module, a: Float32, b: Float32, spec: ModelSpec) -> dict[Place, tuple[Float32, Float32]]:
+    """The adapter of a module as one for each of its targets, without the ranks that are zero in its rows of B."""
+    if len(module.targets) == 1:
+        return {(module.layer, module.targets[0]): (a, b)}
+    if not module.fits(spec) or b.shape != (module.shape(spec)[0], len(a)):
+        raise AdapterError(
+            f"{module.name}: A is {list(a.shape)} and B is {list(b.shape)}; expected B [{module.shape(spec)[0]}, r] in one of "
+            f"{spec.layers} layers. Is this adapter for another model?",
+            code="E_SHAPE",
+        )
+    found: dict[Place, tuple[Float32, Float32]] = {}
+    untrained, first = not b.any(), 0
+    for target in module.targets:
+        rows = spec.linear_shape(target, module.layer)[0]
+        part = np.ascontiguousarray(b[first : first + rows])
+        used = np.flatnonzero(part.any(axis=0))
+        if untrained or len(used) == len(a):
+            found[module.layer, target] = (a, part)
+        elif len(used):
+            found[module.layer, target] = (a[used], np.ascontiguousarray(part[:, used]))
+        first += rows
+    return found
+
+
+def _joined(module: Module, adapter: Adapter, spec: ModelSpec) -> tuple[Float32, Float32]:
+    """The inverse of `_split`: A and B of the module, B in Hugging Face row order."""
+    places = [(target, adapter.tensors.get((module.layer, target))) for target in module.targets]
+    pairs = [pair for _, pair in places if pair is not None]
+    shared = len(pairs) > 1 and all(np.array_equal(pair[0], pairs[0][0]) for pair in pairs)
+    a = pairs[0][0] if shared else np.concatenate([pair[0] for pair in pairs])
+    b = np.zeros((module.shape(spec)[0], len(a)), np.float32)
+    row = rank = 0
+    for target, pair in places:
+        rows = spec.linear_shape(target, module.layer)[0]
+        if pair is not None:
+            end = rank + pair[1].shape[1]
+            b[row : row + rows, rank:end] = to_huggingface_rows(pair[1], target, spec)
+            rank = 0 if shared else end
+        row += rows
+    return np.ascontiguousarray(a, dtype=np.float32), b
+
+
 def to_peft(adapter: Adapter, spec: ModelSpec, *, base: str | None = None) -> tuple[dict[str, Any], dict[str, Float32]]:
     """(adapter_config.json, tensors in Hugging Face row order), both in a fixed order: same adapter, same bytes."""
-    modules = peft_modules(spec)
+    root, paths = _roots(spec)[0], _paths(spec)
     arrays: dict[str, Float32] = {}
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
-    for layer, target in adapter.places():
-        a, b = adapter.tensors[layer, target]
-        stem = f"{PREFIX}{layer}.{modules[target]}"
-        arrays[f"{stem}.lora_A.weight"] = np.ascontiguousarray(a, dtype=np.float32)
-        arrays[f"{stem}.lora_B.weight"] = np.ascontiguousarray(to_huggingface_rows(b, target, spec), dtype=np.float32)
+    modules = {target: path for path, targets in paths.items() for target in targets}
+    for layer, path in dict.fromkeys((layer, modules[target]) for layer, target in adapter.places()):
+        module = Module(layer, path, root, paths[path])
+        a, b = _joined(module, adapter, spec)
+        arrays[f"{PREFIX}{module.name}.lora_A.weight"] = a
+        arrays[f"{PREFIX}{module.name}.lora_B.weight"] = b
         if a.shape[0] != adapter.rank:
-            module = f"model.layers.{layer}.{modules[target]}"
-            rank_pattern[module] = a.shape[0]
-            alpha_pattern[module] = adapter.scale * a.shape[0]
+            rank_pattern[module.name] = a.shape[0]
+            alpha_pattern[module.name] = adapter.scale * a.shape[0]
     config = {
         "alpha_pattern": alpha_pattern,
         "auto_mapping": None,
@@ -280,7 +347,7 @@ def to_peft(adapter: Adapter, spec: ModelSpec, *, base: str | None = None) -> tu
         "r": adapter.rank,
         "rank_pattern": rank_pattern,
         "revision": None,
-        "target_modules": [modules[target].rpartition(".")[2] for target in TARGETS if target in adapter.targets],
+        "target_modules": list(dict.fromkeys(modules[t].rpartition(".")[2] for t in TARGETS if t in adapter.targets)),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": False,
@@ -288,12 +355,19 @@ def to_peft(adapter: Adapter, spec: ModelSpec, *, base: str | None = None) -> tu
     return config, arrays
 
 
-def peft_modules(spec: ModelSpec) -> Mapping[str, str]:
-    """Target -> module path below `model.layers.<i>`, from the architecture's file."""
+def _paths(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
+    """Module path below `model.layers.<i>` -> the targets in it, from the architecture's file."""
     from nomoat.models import architecture
 
     modules: Mapping[str, str] = architecture(spec).PEFT_MODULES
-    return modules
+    return {path: tuple(t for t in TARGETS if modules.get(t) == path) for path in dict.fromkeys(modules.values())}
+
+
+def _roots(spec: ModelSpec) -> list[str]:
+    """What comes before `layers`: "model.", and others where the language model is a part of a larger one."""
+    from nomoat.models import architecture
+
+    return list(architecture(spec).ARCHITECTURE.roots)
 
 
 def _permuted(spec: ModelSpec) -> bool:
@@ -303,23 +377,21 @@ def _permuted(spec: ModelSpec) -> bool:
     return bool(spec.ropes[0].interleaved and architecture(spec).qk_permuted("gguf"))
 
 
-def _heads(target: str, spec: ModelSpec) -> int:
-    return {"q": spec.heads, "k": spec.kv_heads}.get(target, 0)
+def _turned(target: str, spec: ModelSpec) -> bool:
+    return target in ("q", "k") and _permuted(spec)
 
 
 def to_base_rows(b: Float32, target: str, spec: ModelSpec) -> Float32:
     """B [N, r] from Hugging Face order (first halves of all pairs, then second halves) to the base file's row order."""
-    heads = _heads(target, spec)
-    if not heads or not _permuted(spec):
+    if not _turned(target, spec):
         return np.ascontiguousarray(b)
     rank = b.shape[1]
-    return np.ascontiguousarray(b.reshape(heads, 2, spec.head_dim // 2, rank).swapaxes(1, 2)).reshape(-1, rank)
+    return np.ascontiguousarray(b.reshape(-1, 2, spec.head_dim // 2, rank).swapaxes(1, 2)).reshape(-1, rank)
 
 
 def to_huggingface_rows(b: Float32, target: str, spec: ModelSpec) -> Float32:
     """The inverse of `to_base_rows`."""
-    heads = _heads(target, spec)
-    if not heads or not _permuted(spec):
+    if not _turned(target, spec):
         return np.ascontiguousarray(b)
     rank = b.shape[1]
-    return np.ascontiguousarray(b.reshape(heads, spec.head_dim // 2, 2, rank).swapaxes(1, 2)).reshape(-1, rank)
+    return np.ascontiguousarray(b.reshape(-1, spec.head_dim // 2, 2, rank).swapaxes(1, 2)).reshape(-1, rank)
