@@ -1,4 +1,5 @@
-"""A plain NumPy Llama with LoRA: the oracle of the forward pass and, by complex step, of every gradient.
+"""Every model that `ModelSpec` describes, in plain NumPy, with LoRA: the oracle of the forward pass and, by complex step, of
+every gradient.
 
 All of it is analytic arithmetic, so it runs unchanged in float64 and in complex128. The derivative of f along v is then
 Im f(x + i h v) / h with h = 1e-30: no subtraction, hence exact to rounding (Squire and Trapp 1998). Softmax takes its
@@ -38,6 +39,11 @@ def rmsnorm(x: Array, gain: Array, eps: float) -> Array:
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * gain
 
 
+def layernorm(x: Array, gain: Array, bias: Array | float, eps: float) -> Array:
+    """(x - mean) / sqrt(variance + eps) * gain + bias over the last axis."""
+    return rmsnorm(x - x.mean(-1, keepdims=True), gain, eps) + bias
+
+
 def rope(x: Array, positions: Array, spec: RopeSpec) -> Array:
     """Rotates pairs of x [..., T, heads, d] by position * inv_freq; dimensions beyond spec.dim stay."""
     angle = np.asarray(positions, np.float64)[:, None, None] * spec.inv_freq.astype(np.float64)
@@ -67,23 +73,36 @@ def log_softmax(scores: Array) -> Array:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-def attention(q: Array, k: Array, v: Array, allowed: Array) -> Array:
-    """Grouped-query attention: q [..., T, H, d], k and v [..., T, K, d], allowed [T, T] -> [..., T, H, d]."""
+def attention(q: Array, k: Array, v: Array, allowed: Array, scale: float | None = None, cap: float = 0.0) -> Array:
+    """Grouped-query attention: q [..., T, H, d], k and v [..., T, K, d], allowed [T, T] -> [..., T, H, d].
+
+    Scores are multiplied by `scale` (None: 1 / sqrt(d)), then capped.
+    """
     groups = q.shape[-2] // k.shape[-2]
     k, v = np.repeat(k, groups, axis=-2), np.repeat(v, groups, axis=-2)  # head h reads key/value head h // groups
     q, k, v = (np.swapaxes(x, -2, -3) for x in (q, k, v))  # [..., H, T, d]
-    weights = softmax(q @ np.swapaxes(k, -1, -2) / np.sqrt(q.shape[-1]), allowed)
-    return np.swapaxes(weights @ v, -2, -3)
+    scores = q @ np.swapaxes(k, -1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return np.swapaxes(softmax(capped(scores, cap), allowed) @ v, -2, -3)
 
 
-def swiglu(gate: Array, up: Array) -> Array:
-    """silu(gate) * up, with silu(x) = x / (1 + exp(-x))."""
-    return gate / (1 + np.exp(-gate)) * up
+def capped(x: Array, cap: float) -> Array:
+    """cap tanh(x / cap); x where there is no cap."""
+    return cap * np.tanh(x / cap) if cap else x
 
 
-def linear(x: Array, weight: Array, lora: tuple[Array, Array, float] | None = None) -> Array:
-    """x W^T + scale (x A^T) B^T for x [..., T, K], W [N, K]."""
-    y = x @ weight.T
+def silu(x: Array) -> Array:
+    """x / (1 + exp(-x))"""
+    return x / (1 + np.exp(-x))
+
+
+def gelu(x: Array) -> Array:
+    """x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))"""
+    return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def linear(x: Array, weight: Array, lora: tuple[Array, Array, float] | None = None, bias: Array | float = 0.0) -> Array:
+    """x W^T + scale (x A^T) B^T + bias for x [..., T, K], W [N, K]."""
+    y = x @ weight.T + bias
     if lora is not None:
         a, b, scale = lora
         y = y + scale * (x @ np.swapaxes(a, -1, -2)) @ np.swapaxes(b, -1, -2)
@@ -116,23 +135,53 @@ class Reference:
         """Final hidden states after the last norm, [..., T, D]."""
         spec, w, lora = self.spec, self.weights, lora or {}
         position, allowed = segments((0, len(tokens)) if starts is None else starts)
-        x: Array = w["embed"][np.asarray(tokens)]
-        for i in range(spec.layers):
+        distance = position[:, None] - position[None, :]
+        x: Array = spec.embed_scale * w["embed"][np.asarray(tokens)]
+        for i, block in enumerate(spec.blocks):
+            seen = allowed & (distance < block.window) if block.window else allowed
+            mixed = self._attention(i, lora, self._norm(f"blk.{i}.attn_norm", x), position, seen)
+            x = x + spec.residual_scale * self._norm(f"blk.{i}.attn_post_norm", mixed)
+            mixed = self._mlp(i, lora, self._norm(f"blk.{i}.mlp_norm", x))
+            x = x + spec.residual_scale * self._norm(f"blk.{i}.mlp_post_norm", mixed)
+        return self._norm("final_norm", x)
 
-            def apply(h: Array, target: str, i: int = i) -> Array:
-                return linear(h, w[f"blk.{i}.{target}"], lora.get((i, target)))
+    def _norm(self, name: str, x: Array) -> Array:
+        """The model's kind of norm; x where it has none of this name."""
+        if name not in self.weights:
+            return x
+        if self.spec.norm == "layer":
+            return layernorm(x, self.weights[name], self.weights.get(f"{name}_bias", 0.0), self.spec.norm_eps)
+        return rmsnorm(x, self.weights[name], self.spec.norm_eps)
 
-            h = rmsnorm(x, w[f"blk.{i}.attn_norm"], spec.norm_eps)
-            q, k, v = (split_heads(apply(h, target), spec.head_dim) for target in "qkv")
-            mixed = attention(rope(q, position, spec.ropes[0]), rope(k, position, spec.ropes[0]), v, allowed)
-            x = x + apply(mixed.reshape(*mixed.shape[:-2], -1), "o")
-            h = rmsnorm(x, w[f"blk.{i}.mlp_norm"], spec.norm_eps)
-            x = x + apply(swiglu(apply(h, "gate"), apply(h, "up")), "down")
-        return rmsnorm(x, w["final_norm"], spec.norm_eps)
+    def _linear(self, i: int, target: str, lora: Lora, x: Array) -> Array:
+        name = f"blk.{i}.{target}"
+        return linear(x, self.weights[name], lora.get((i, target)), self.weights.get(f"{name}_bias", 0.0))
+
+    def _attention(self, i: int, lora: Lora, h: Array, position: Array, seen: Array) -> Array:
+        spec, block = self.spec, self.spec.blocks[i]
+        q, k, v = (self._linear(i, target, lora, h) for target in "qkv")
+        if spec.qk_norm == "row":
+            q, k = (rmsnorm(x, self.weights[f"blk.{i}.{name}_norm"], spec.norm_eps) for x, name in ((q, "q"), (k, "k")))
+        q, k, v = (split_heads(x, spec.head_dim) for x in (q, k, v))
+        if spec.qk_norm == "head":
+            q, k = (rmsnorm(x, self.weights[f"blk.{i}.{name}_norm"], spec.norm_eps) for x, name in ((q, "q"), (k, "k")))
+        if block.rope is not None:
+            q, k = (rope(x, position, spec.ropes[block.rope]) for x in (q, k))
+        mixed = attention(q, k, v, seen, spec.score_scale, spec.score_cap)
+        return self._linear(i, "o", lora, mixed.reshape(*mixed.shape[:-2], -1))
+
+    def _mlp(self, i: int, lora: Lora, h: Array) -> Array:
+        act = gelu if self.spec.activation == "gelu" else silu
+        up = self._linear(i, "up", lora, h)
+        return self._linear(i, "down", lora, act(self._linear(i, "gate", lora, h)) * up if self.spec.gated else act(up))
+
+    def _head(self, hidden: Array) -> Array:
+        logits = self.spec.logit_scale * (hidden @ self.weights.get("head", self.weights["embed"]).T)
+        return capped(logits, self.spec.logit_cap)
 
     def logits(self, tokens: Ints, starts: Ints | None = None, lora: Lora | None = None) -> Array:
         """[..., T, V]"""
-        return self.hidden(tokens, starts, lora) @ self.weights.get("head", self.weights["embed"]).T
+        return self._head(self.hidden(tokens, starts, lora))
 
     def logprobs(
         self,
@@ -145,7 +194,7 @@ class Reference:
         """Log-probability of the target of every row whose weight is not 0, [..., n] in row order."""
         rows = np.flatnonzero(np.asarray(weights))
         hidden = self.hidden(tokens, starts, lora)[..., rows, :]
-        found = log_softmax(hidden @ self.weights.get("head", self.weights["embed"]).T)
+        found = log_softmax(self._head(hidden))
         return found[..., np.arange(len(rows)), np.asarray(targets)[rows]]
 
     def loss(

@@ -15,14 +15,17 @@ from nomoat.text.tokenizer import Tokenizer
 from reference import (
     Reference,
     attention,
+    capped,
+    gelu,
+    layernorm,
     linear,
     log_softmax,
     random_lora,
     rmsnorm,
     rope,
     segments,
+    silu,
     softmax,
-    swiglu,
 )
 from stories import golden_text, stories_gguf
 from tiny import tiny_hf, tiny_llama
@@ -164,7 +167,13 @@ def test_rope_turns_pairs_and_depends_on_distance_only() -> None:
 def test_pieces_against_scalar_formulas() -> None:
     x = np.array([3.0, -4.0])
     assert rmsnorm(x, np.array([1.0, 2.0]), 0.5) == pytest.approx([3 / math.sqrt(13), -8 / math.sqrt(13)])
-    assert swiglu(np.array([1.5]), np.array([2.0]))[0] == pytest.approx(1.5 / (1 + math.exp(-1.5)) * 2)
+    assert layernorm(np.array([5.0, -2.0]), np.array([1.0, 2.0]), 7.0, 0.75) == pytest.approx(
+        [7 + 3.5 / math.sqrt(13), 7 - 7 / math.sqrt(13)]
+    )
+    assert silu(np.array([1.5]))[0] == pytest.approx(1.5 / (1 + math.exp(-1.5)))
+    assert gelu(np.array([0.0, 1.0, -1.0])) == pytest.approx([0, 0.841192, -0.158808], abs=1e-6)
+    assert capped(np.array([1.5]), 3.0)[0] == pytest.approx(3 * math.tanh(0.5))
+    assert capped(np.array([1.5]), 0.0)[0] == 1.5
     assert softmax(np.array([0.0, math.log(3)])) == pytest.approx([0.25, 0.75])
     assert softmax(np.array([9.0, 0.0, 0.0]), np.array([False, True, True])) == pytest.approx([0, 0.5, 0.5])
     assert log_softmax(np.full(8, 700.0)) == pytest.approx(np.full(8, -math.log(8)))

@@ -12,11 +12,12 @@ namespace {
 // One kv head: queries, keys, values of `count` positions, in float32 and in pages whose unused slots hold NaN.
 struct Case {
   int count, heads, dim, window, stride;
+  float cap;
   Floats q, k, v;
   std::vector<std::vector<float>> wide_k, wide_v;
   std::vector<std::vector<bf16>> low_k, low_v;
 
-  Case(int n, int h, int d, int w, uint64_t seed) : count(n), heads(h), dim(d), window(w), stride(h * d + 16) {
+  Case(int n, int h, int d, int w, float c, uint64_t seed) : count(n), heads(h), dim(d), window(w), stride(h * d + 16), cap(c) {
     Random random(seed);
     q = random.floats(size_t(n * stride));
     for (Floats* rows : {&k, &v}) {  // bf16 values, so that both kinds of pages hold the same
@@ -62,7 +63,7 @@ struct Case {
     a.q_stride = stride;
     a.first_position = first;
     a.window = window;
-    a.cap = 0;
+    a.cap = cap;
     a.k = keys.data();
     a.v = values.data();
     a.out = out.data() + first * stride;
@@ -74,8 +75,8 @@ struct Case {
 };
 
 struct Exact {
-  std::vector<double> weights;  // by key - start
-  double lse = 0, size = 0;     // size: the largest sum of |q| |k| of any key
+  std::vector<double> weights, slopes;  // by key - start; slopes of the cap
+  double lse = 0, size = 0;             // size: the largest sum of |q| |k| of any key
 };
 
 Exact soften(const Case& c, int position, int head) {
@@ -88,7 +89,10 @@ Exact soften(const Case& c, int position, int head) {
       score += term;
       size += std::fabs(term);
     }
+    const double t = c.cap ? std::tanh(score / c.cap) : 0;
+    if (c.cap) score = c.cap * t;
     e.weights.push_back(score);
+    e.slopes.push_back(1 - t * t);
     e.size = std::fmax(e.size, size);
     top = std::fmax(top, score);
   }
@@ -99,8 +103,8 @@ Exact soften(const Case& c, int position, int head) {
 }
 
 // Relative error of a weight before it is divided by the sum: the score's roundings, the subtraction of the largest score,
-// the exponential.
-double weight_error(const Case& c, const Exact& e) { return ((c.dim + 4) * e.size + 4) * kRound; }
+// the exponential; a cap rounds a dozen times.
+double weight_error(const Case& c, const Exact& e) { return ((c.dim + 4 + (c.cap ? 12 : 0)) * e.size + 4) * kRound; }
 
 void check_forward(const Case& c, const Floats& out, const Floats& lse) {
   for (int p = 0; p < c.count; p++)
@@ -126,14 +130,16 @@ void check_forward(const Case& c, const Floats& out, const Floats& lse) {
 
 struct Shape {
   int count, heads, dim, window;
+  float cap = 0;
 };
-constexpr Shape kShapes[] = {{1, 1, 16, 0},  {5, 3, 48, 0},   {16, 4, 16, 0},  {17, 2, 64, 0}, {64, 1, 32, 0},
-                             {65, 3, 16, 0}, {131, 2, 32, 0}, {131, 3, 16, 7}, {40, 5, 16, 1}, {70, 16, 16, 64}};
+constexpr Shape kShapes[] = {{1, 1, 16, 0},        {5, 3, 48, 0},     {16, 4, 16, 0},  {17, 2, 64, 0},    {64, 1, 32, 0},
+                             {65, 3, 16, 0},       {131, 2, 32, 0},   {131, 3, 16, 7}, {40, 5, 16, 1},    {70, 16, 16, 64},
+                             {70, 3, 48, 0, 1.5f}, {70, 3, 16, 9, 2}, {9, 64, 16, 0},  {20, 2, 512, 0, 3}};
 
 TEST("attend: against double, over page borders, with windows; slots that hold no token do not matter") {
   uint64_t seed = 90;
   for (const Shape& s : kShapes) {
-    const Case c(s.count, s.heads, s.dim, s.window, ++seed);
+    const Case c(s.count, s.heads, s.dim, s.window, s.cap, ++seed);
     for_levels([&](const Kernels& k) {
       for (bool wide : {true, false}) {
         Floats out(c.q.size(), 7.0f), lse(size_t(s.count * (s.heads + 1)), 7.0f);
@@ -148,8 +154,8 @@ TEST("attend: against double, over page borders, with windows; slots that hold n
 }
 
 TEST("attend: a row's bits do not depend on the chunk it is computed in") {
-  for (const Shape& s : {Shape{131, 3, 16, 0}, Shape{90, 5, 16, 9}}) {
-    const Case c(s.count, s.heads, s.dim, s.window, 110);
+  for (const Shape& s : {Shape{131, 3, 16, 0}, Shape{90, 5, 16, 9}, Shape{90, 3, 16, 21, 1.5f}}) {
+    const Case c(s.count, s.heads, s.dim, s.window, s.cap, 110);
     for_levels([&](const Kernels& k) {
       for (bool wide : {true, false}) {
         Floats whole(c.q.size()), whole_lse(size_t(s.count * (s.heads + 1)));
@@ -169,7 +175,7 @@ TEST("attend: a NaN or infinite key or value makes every later row NaN") {
   for_levels([](const Kernels& k) {
     for (float bad : {NAN, INFINITY})
       for (bool in_key : {true, false}) {
-        Case c(40, 2, 16, 0, 120);
+        Case c(40, 2, 16, 0, 0, 120);
         (in_key ? c.k : c.v)[10 * 16 + 3] = bad;
         for (int h = 0; h < 2; h++)
           for (int p = 0; p < 40; p++) c.q[size_t(p * c.stride + h * 16 + 3)] = 0.5f;  // +inf, not -inf, as a score
@@ -215,7 +221,7 @@ struct Gradients {
       delta_size += e.weights[key] * size[key];
     }
     for (size_t key = 0; key < n; key++) {
-      const double ds = e.weights[key] * (dp[key] - delta), ds_size = e.weights[key] * (size[key] + delta_size);
+      const double ds = e.weights[key] * (dp[key] - delta) * e.slopes[key], ds_size = e.weights[key] * (size[key] + delta_size);
       for (size_t i = 0; i < size_t(c.dim); i++) {
         const size_t at = (first + key) * size_t(c.dim) + i;
         dq[own + i] += scale * ds * c.k[at];
@@ -238,7 +244,7 @@ void check_gradient(const char* name, const Floats& found, const std::vector<dou
 
 // Query rows [before, count) against all keys, as a segment behind a shared prefix of `before` rows has them.
 void check_backward(const Shape& s, int before, uint64_t seed) {
-  const Case c(s.count, s.heads, s.dim, s.window, seed);
+  const Case c(s.count, s.heads, s.dim, s.window, s.cap, seed);
   const Floats d_out = Random(seed + 50).floats(c.q.size());
   const Gradients exact(c, d_out, 0.25, before);
   for_levels([&](const Kernels& k) {
@@ -262,6 +268,7 @@ void check_backward(const Shape& s, int before, uint64_t seed) {
     a.lse_stride = s.heads + 1;
     a.window = s.window;
     a.scale = 0.25f;
+    a.cap = s.cap;
     a.dq = dq.data() + own;
     a.dk = dk.data();
     a.dv = dv.data();
@@ -276,7 +283,8 @@ void check_backward(const Shape& s, int before, uint64_t seed) {
 TEST("attend: backward against a naive implementation in double") {
   uint64_t seed = 130;
   for (const Shape& s : {Shape{1, 1, 16, 0}, Shape{4, 3, 16, 0}, Shape{15, 2, 48, 0}, Shape{33, 16, 16, 0}, Shape{70, 3, 32, 0},
-                         Shape{70, 3, 16, 5}, Shape{37, 2, 16, 1}})
+                         Shape{70, 3, 16, 5}, Shape{37, 2, 16, 1}, Shape{9, 64, 16, 0}, Shape{33, 3, 48, 0, 1.5f},
+                         Shape{40, 2, 16, 7, 2}, Shape{9, 2, 512, 0, 3}})
     check_backward(s, 0, ++seed);
 }
 
@@ -284,7 +292,7 @@ TEST("attend: backward of the rows behind a shared prefix") {
   uint64_t seed = 150;
   for (int before : {1, 7, 16, 63, 64, 65}) {
     check_backward({70, 3, 16, 0}, before, ++seed);
-    check_backward({70, 2, 32, 9}, before, ++seed);
+    check_backward({70, 2, 32, 9, 1.5f}, before, ++seed);
   }
 }
 

@@ -2,7 +2,9 @@
 
 #include <cfloat>
 #include <cmath>
+#include <numbers>
 
+#include "op/engine.h"
 #include "quant/half.h"
 #include "test/test.h"
 
@@ -118,6 +120,96 @@ TEST("rows: rms_norm and its backward") {
       }
     });
   }
+}
+
+TEST("rows: layer norm and its backward, of center and rms_norm, with and without a bias") {
+  for (int cols : {1, 15, 16, 17, 40, 577}) {
+    Random random(uint64_t(cols) + 45);
+    const Floats x = row(random, cols, 32, 3, 5), w = row(random, cols, 32, 0.5f, 2), b = row(random, cols, 32),
+                 dy = row(random, cols, 32), before = row(random, cols, 32);
+    Dims dims{};
+    dims.width = cols;
+    dims.eps = 1e-3f;
+    dims.layer_norm = true;
+    double mean = 0, squares = 0, g_mean = 0, g_dot = 0;
+    for (int i = 0; i < cols; i++) mean += double(x[size_t(i)]) / cols;
+    for (int i = 0; i < cols; i++) squares += (x[size_t(i)] - mean) * (x[size_t(i)] - mean) / cols;
+    const double r = 1 / std::sqrt(squares + 1e-3f);
+    for (int i = 0; i < cols; i++) {
+      const double g = double(w[size_t(i)]) * dy[size_t(i)];
+      g_mean += g / cols;
+      g_dot += g * (x[size_t(i)] - mean) * r / cols;
+    }
+    Floats y1, dx1;
+    for_levels([&](const Kernels& k) {
+      Floats plain(x.size(), 9.0f), y = x, dx = before;
+      norm_row(dims, x.data(), w.data(), nullptr, plain.data());
+      norm_row(dims, y.data(), w.data(), b.data(), y.data());  // in place
+      norm_row_backward(dims, x.data(), w.data(), dy.data(), dx.data());
+      if (k.level == Level::scalar) y1 = y, dx1 = dx;
+      CHECK(same_bits(y, y1) && same_bits(dx, dx1), "%d columns: other bits than the scalar level", cols);
+      // The mean is about 4 and rounds cols / 16 + 20 times; r is at most 32. The rest are a few roundings of values up to 2 r.
+      const double error = (cols / 16 + 40) * kRound * 8 * r;
+      for (int i = 0; i < cols; i++) {
+        const size_t at = size_t(i);
+        const double hat = (x[at] - mean) * r, own = double(w[at]) * dy[at];
+        check_close("y", i, y[at], hat * w[at] + b[at], 2 * error);
+        check_close("y without bias", i, plain[at], hat * w[at], 2 * error);
+        check_close("dx", i, dx[at], before[at] + r * (own - g_mean - hat * g_dot), 8 * error * (1 + r));
+      }
+      for (size_t i = size_t(cols); i < size_t(round_up(cols, 16)); i++)
+        CHECK(y[i] == 0 && plain[i] == 0 && dx[i] == 0, "%d columns: padding [%zu] is not zero", cols, i);
+    });
+  }
+}
+
+TEST("rows: gelu, its backward and the caps") {
+  constexpr int n = 2048;
+  Random random(55);
+  Floats x = random.floats(n, -12, 12), up = random.floats(n, -3, 3), d = random.floats(n);
+  for (size_t i = 0; i < 512; i++) x[i] /= 100;
+  x[0] = 0, x[1] = -0.0f, x[2] = 300, x[3] = -300, x[4] = 1e-30f;
+  Floats first[8];
+  for_levels([&](const Kernels& k) {
+    Floats act(n), alone(n), d_gate(n), d_up(n), d_alone(n), capped = x, slope = d, silu(n);
+    k.gelu_mul(x.data(), up.data(), n, act.data());
+    k.gelu_mul(x.data(), nullptr, n, alone.data());
+    k.gelu_mul_backward(x.data(), up.data(), d.data(), n, d_gate.data(), d_up.data());
+    k.gelu_mul_backward(x.data(), nullptr, d.data(), n, d_alone.data(), nullptr);
+    k.silu_mul(x.data(), nullptr, n, silu.data());
+    k.soft_cap(capped.data(), 5, n);
+    k.soft_cap_backward(capped.data(), 5, n, slope.data());
+    const Floats found[8] = {act, alone, d_gate, d_up, d_alone, silu, capped, slope};
+    for (int i = 0; i < 8; i++) {
+      if (k.level == Level::scalar) first[i] = found[i];
+      CHECK(same_bits(found[i], first[i]), "output %d: other bits than the scalar level", i);
+    }
+    for (int i = 0; i < n; i++) {
+      const size_t at = size_t(i);
+      const double g = x[at], u = up[at], dy = d[at], c = std::sqrt(2 / std::numbers::pi);
+      const double z = c * (g + 0.044715 * g * g * g), s = 1 / (1 + std::exp(-2 * z)), value = g * s;
+      const double derivative = s + value * (1 - s) * 2 * c * (1 + 3 * 0.044715 * g * g);
+      // sigmoid(2 z) is known up to the roundings of 2 z times 1 - s, and its own
+      const double error = (12 + 16 * std::fabs(z) * (1 - s)) * kRound, tiny = 1e-35;
+      check_close("gelu", i, alone[at], value, error * std::fabs(value) + tiny);
+      check_close("gelu * up", i, act[at], value * u, (error + kRound) * std::fabs(value * u) + tiny);
+      check_close("d_up", i, d_up[at], dy * value, (error + kRound) * std::fabs(dy * value) + tiny);
+      const double sizes = s + std::fabs(derivative - s);
+      // 1 - s loses what s has rounded
+      const double slope_error = 3 * error * sizes + 4 * kRound * std::fabs(value) * (2 + g * g);
+      // at -300, where vexp stays at its end, s is 1e-38 and z' is 2e4
+      check_close("d of gelu", i, d_alone[at], dy * derivative, slope_error * std::fabs(dy) + 1e-31);
+      check_close("d_gate", i, d_gate[at], dy * u * derivative, (slope_error + kRound) * std::fabs(dy * u) + 1e-31);
+      check_close("silu alone", i, silu[at], g / (1 + std::exp(-g)), 12 * kRound * std::fabs(g / (1 + std::exp(-g))) + tiny);
+      const double t = std::tanh(g / 5);
+      check_close("cap", i, capped[at], 5 * t, 10 * kRound * std::fabs(5 * t));
+      check_close("slope of the cap", i, slope[at], dy * (1 - t * t), 24 * kRound * std::fabs(dy));
+    }
+    Floats bad = {NAN, INFINITY, -INFINITY, 3e38f, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+    k.soft_cap(bad.data(), 2, 16);
+    CHECK(std::isnan(bad[0]) && bad[1] == 2 && bad[2] == -2 && bad[3] == 2, "caps of NaN and infinity: %g %g %g %g",
+          double(bad[0]), double(bad[1]), double(bad[2]), double(bad[3]));
+  });
 }
 
 TEST("rows: the exponential, silu and softmax") {

@@ -23,12 +23,17 @@ Dims dims_of(Format format) {
   return d;
 }
 
+// What only some families of models have; each layer has another shape, window and rotation.
+enum class Kind { plain, head_norms, row_norms };
+
 struct Model {
   Engine engine;
   std::vector<std::unique_ptr<Weights>> weights;  // by layer and target, then the embedding, which is the head too
   Floats norm;
+  std::vector<std::unique_ptr<Floats>> vectors;
 
-  explicit Model(Format format) : engine(dims_of(format)), norm(size_t(padded(engine.dims.width))) {
+  explicit Model(Format format, Kind kind = Kind::plain) : engine(dims_of(format)), norm(size_t(padded(engine.dims.width))) {
+    if (kind != Kind::plain) enrich(kind);
     const Dims& d = engine.dims;
     for (int i = 0; i < d.width; i++) norm[size_t(i)] = 1 + 0.01f * float(i % 7);
     Rope rope;
@@ -37,17 +42,48 @@ struct Model {
     engine.ropes.push_back(rope);
     for (int layer = 0; layer < d.layers; layer++) {
       Layer& own = engine.layers[size_t(layer)];
-      own.heads = 4;
-      own.kv_heads = 2;
-      own.ffn = 96;
+      if (!own.heads) own.heads = 4, own.kv_heads = 2, own.ffn = 96;
       for (int t = 0; t < kTargets; t++) {
         const auto [rows, cols] = linear_shape(d, own, t);
         own.w[size_t(t)] = add(format, rows, cols);
       }
       own.attn_norm = own.mlp_norm = norm.data();
+      if (kind != Kind::plain) add_vectors(own, d);
     }
     engine.embed = engine.head = add(format, d.vocab, d.width);
     engine.final_norm = norm.data();
+  }
+
+  void enrich(Kind kind) {
+    Dims& d = engine.dims;
+    d.qk_norm = kind == Kind::head_norms ? QkNorm::head : QkNorm::row;
+    d.layer_norm = d.gelu = kind == Kind::row_norms;
+    d.gated = kind == Kind::head_norms;
+    d.score_cap = 2, d.logit_cap = 3;
+    d.score_scale = 0.3f, d.logit_scale = 0.5f, d.embed_scale = 2, d.residual_scale = 0.7f;
+    const int heads[] = {6, 3, 2}, kv_heads[] = {3, 1, 2}, ffn[] = {32, 96, 64};
+    for (size_t i = 0; i < engine.layers.size(); i++) {
+      Layer& own = engine.layers[i];
+      own.heads = heads[i], own.kv_heads = kv_heads[i], own.ffn = ffn[i];
+      own.window = i == 1 ? 5 : 0;
+      own.rope = i == 2 ? -1 : 0;
+    }
+  }
+
+  const float* vector(int length, float around) {
+    Floats values(size_t(padded(length)));
+    Random random(400 + vectors.size());
+    for (int i = 0; i < length; i++) values[size_t(i)] = around + random.uniform(-0.3f, 0.3f);
+    return vectors.emplace_back(std::make_unique<Floats>(std::move(values)))->data();
+  }
+
+  void add_vectors(Layer& own, const Dims& d) {
+    for (int t : {kQ, kK, kV, kO, kUp, kDown}) own.bias[size_t(t)] = vector(linear_shape(d, own, t).first, 0);
+    own.attn_post_norm = vector(d.width, 1);
+    own.mlp_post_norm = vector(d.width, 1);
+    if (d.layer_norm) own.attn_norm_bias = vector(d.width, 0);
+    own.q_norm = vector(d.qk_norm == QkNorm::row ? own.heads * d.head_dim : d.head_dim, 1);
+    own.k_norm = vector(d.qk_norm == QkNorm::row ? own.kv_heads * d.head_dim : d.head_dim, 1);
   }
 
   Matrix add(Format format, int rows, int cols) {
@@ -117,7 +153,9 @@ Floats embedded(Model& model, int rows) {
 
 Floats logits(Model& model, Mode mode, const Batch& batch) {
   Engine& e = model.engine;
-  KvCache cache(e.dims, std::vector<int>(e.layers.size(), 2), mode == Mode::f32);
+  std::vector<int> kv_heads;
+  for (const Layer& layer : e.layers) kv_heads.push_back(layer.kv_heads);
+  KvCache cache(e.dims, kv_heads, mode == Mode::f32);
   cache.reserve(int(batch.page_tables.size()));
   Floats x = embedded(model, batch.rows);
   for (int layer = 0; layer < e.dims.layers; layer++) {
@@ -208,13 +246,46 @@ TEST("tape: so do segments that share a prefix, within a page and over its borde
   for (int prefix : {10, 64, 70}) check_kept_and_again(model, Mode::bf16, {prefix, 9, 1, 20}, prefix);
 }
 
+TEST("tape: so do models with norms of heads, biases, caps, windows and layers of their own") {
+  for (Kind kind : {Kind::head_norms, Kind::row_norms}) {
+    Model model(Format::F16, kind);
+    for (Mode mode : {Mode::bf16, Mode::f32}) check_kept_and_again(model, mode, kLengths, 0);
+    check_kept_and_again(model, Mode::f32, {70, 9, 1, 20}, 70);
+  }
+}
+
 TEST("tape: an engine whose scratch memory has seen other shapes gives the same bits") {
-  Model used(Format::Q8_0), fresh(Format::Q8_0);
-  fresh_step(used, Mode::f32, 3, 3, {1}, {1, 1, 1});
-  fresh_step(used, Mode::bf16, 9, 9, {90, 5}, {0, 1, 0});
-  const Step a = fresh_step(used, Mode::bf16, 5, 5, kLengths, {1, 0, 1}),
-             b = fresh_step(fresh, Mode::bf16, 5, 5, kLengths, {1, 0, 1});
-  CHECK(same_bits(a.logp, b.logp) && same_bits(a.gradients, b.gradients) && same_bits(a.dx, b.dx), "results depend on the past");
+  for (Kind kind : {Kind::plain, Kind::head_norms, Kind::row_norms}) {
+    Model used(Format::F16, kind), fresh(Format::F16, kind);
+    fresh_step(used, Mode::f32, 3, 3, {1}, {1, 1, 1});
+    logits(used, Mode::int8, batch_of({50}, nullptr));
+    fresh_step(used, Mode::bf16, 9, 9, {90, 5}, {0, 1, 0});
+    const Step a = fresh_step(used, Mode::bf16, 5, 5, kLengths, {1, 0, 1}),
+               b = fresh_step(fresh, Mode::bf16, 5, 5, kLengths, {1, 0, 1});
+    CHECK(same_bits(a.logp, b.logp) && same_bits(a.gradients, b.gradients) && same_bits(a.dx, b.dx),
+          "results depend on the past");
+    for (Mode mode : {Mode::int8, Mode::bf16, Mode::f32})
+      CHECK(same_bits(logits(used, mode, batch_of({7}, nullptr)), logits(fresh, mode, batch_of({7}, nullptr))),
+            "mode %d: logits depend on the past", int(mode));
+  }
+}
+
+TEST("tape: a step with NaN leaves nothing behind in an engine with layers of other shapes") {
+  for (Kind kind : {Kind::plain, Kind::head_norms, Kind::row_norms})
+    for (Mode mode : {Mode::int8, Mode::bf16, Mode::f32}) {
+      Model used(Format::F16, kind), fresh(Format::F16, kind);
+      const float* norm = used.engine.layers[0].attn_norm;
+      const Floats broken(size_t(padded(used.engine.dims.width)), NAN);
+      used.engine.layers[0].attn_norm = broken.data();
+      CHECK(!all_finite(logits(used, mode, batch_of({40}, nullptr))), "mode %d: no NaN", int(mode));
+      if (mode != Mode::int8) fresh_step(used, mode, 5, 5, {40}, {1, 1, 1});
+      used.engine.layers[0].attn_norm = norm;
+      CHECK(same_bits(logits(used, mode, batch_of({9, 30}, nullptr)), logits(fresh, mode, batch_of({9, 30}, nullptr))),
+            "mode %d: logits depend on the past", int(mode));
+      if (mode == Mode::int8) continue;
+      const Step a = fresh_step(used, mode, 5, 5, kLengths, {1, 0, 1}), b = fresh_step(fresh, mode, 5, 5, kLengths, {1, 0, 1});
+      CHECK(same_bits(a.gradients, b.gradients) && same_bits(a.dx, b.dx), "mode %d: gradients depend on the past", int(mode));
+    }
 }
 
 TEST("tape: gradients of the trained ranks do not depend on where the frozen ranks end") {
