@@ -29,7 +29,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "clinc150": {"learning_rate": 1e-3},
     "wnut17": {"learning_rate": 1e-3, "epochs": 3},
     "wikisql": {"learning_rate": 1e-3, "epochs": 2},
-    "nl2bash": {"learning_rate": 1e-3, "epochs": 2},
+    "nl2bash": {"learning_rate": 1e-3, "epochs": 1},
     "bfcl": {"learning_rate": 1e-3, "batch_sequences": 4},
     "sms_spam": {"learning_rate": 1e-3},
     "gsm8k": {"learning_rate": 1e-3},

@@ -24,7 +24,7 @@ from nomoat.engine.model import Model
 from nomoat.engine.stack import Stack
 
 PRECISIONS = ["f32", "bf16", "int8"]
-TYPES = ["Q4_1", "Q6_K", "F32"]
+TYPES = ["Q4_1", "Q2_K", "Q6_K", "F32"]
 TOKENS = np.random.default_rng(2).integers(3, 271, 40).tolist()
 
 

@@ -11,6 +11,8 @@ import pytest
 from engine_side import Pair, Trained, adapter_of, cosine, flat, lora_of, loss, random_pack, relative_error
 from golden.make_transformers_llama import MODELS
 from nomoat.data.pack import Pack
+from nomoat.files.ggml import BLOCK_SHAPE, GgmlType
+from nomoat.models.check import MATRIX_TYPES
 from nomoat.models.spec import TARGETS
 from reference import Place, Reference, random_lora
 from stories import golden_text, stories_gguf
@@ -23,7 +25,6 @@ from nomoat.engine.lora import TrainableLora
 from nomoat.engine.model import Model
 from nomoat.engine.stack import Stack
 
-TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"]
 TOKENS = [1, 52, 287, 11, 3, 3, 200, 77, 140, 9, 250, 18, 30]
 
 #: Distance of the logits over their length. f32: eps x sqrt(products in a row) x layers, below 1e-6 x 10.
@@ -33,13 +34,13 @@ LOGIT_ERROR = {"f32": 1e-5, "bf16": 0.02, "int8": 0.04}
 
 
 def shape_of(type: str) -> dict[str, Any]:
-    if type.endswith("_K"):
+    if BLOCK_SHAPE[GgmlType[type]][0] == 256:
         return {"width": 256, "heads": 4, "kv_heads": 2, "ffn": 512}
     return {"width": 64, "heads": 4, "kv_heads": 2, "ffn": 96}
 
 
 @pytest.mark.parametrize("precision", LOGIT_ERROR)
-@pytest.mark.parametrize("type", TYPES)
+@pytest.mark.parametrize("type", MATRIX_TYPES)
 def test_logits(type: str, precision: str, tmp_path: Path) -> None:
     path = tiny_llama(tmp_path / "model.gguf", type=type, **shape_of(type))
     expected = Reference.load(path).logits(TOKENS)

@@ -12,8 +12,23 @@ from gguf import GGMLQuantizationType as Kind
 from nomoat import _native
 
 LEVELS = _native.usable_levels()
-FORMATS = [Kind.F32, Kind.F16, Kind.BF16, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K]
-INTEGER = FORMATS[3:]
+FLOAT = [Kind.F32, Kind.F16, Kind.BF16]
+INTEGER = [
+    *(Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0, Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K),
+    *(Kind.IQ4_NL, Kind.IQ4_XS, Kind.MXFP4),
+]
+FORMATS = FLOAT + INTEGER
+
+#: Formats that `gguf` decodes but cannot quantize to -> where the float16 scales of a block stand.
+SCALES_AT = {
+    Kind.Q2_K: (80, 82),
+    Kind.Q3_K: (108,),
+    Kind.Q4_K: (0, 2),
+    Kind.Q5_K: (0, 2),
+    Kind.Q6_K: (208,),
+    Kind.IQ4_NL: (0,),
+    Kind.IQ4_XS: (0,),
+}
 
 
 @pytest.fixture(params=LEVELS)
@@ -27,14 +42,11 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
 def gguf_bytes(kind: Kind, rows: int, cols: int, seed: int) -> np.ndarray:
     """Random weights in `kind`: quantized where `gguf` can, else random blocks with small finite scales."""
     rng = np.random.default_rng(seed)
-    if kind in (Kind.Q4_K, Kind.Q5_K, Kind.Q6_K):
-        size = gguf.GGML_QUANT_SIZES[kind][1]
-        blocks = rng.integers(0, 256, (rows * cols // 256, size), dtype=np.uint8)
-        scales = rng.uniform(0.001, 0.01, (len(blocks), 2)).astype("<f2").view(np.uint8)
-        if kind is Kind.Q6_K:
-            blocks[:, 208:210] = scales[:, :2]
-        else:
-            blocks[:, :4] = scales
+    if kind in SCALES_AT:
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        blocks = rng.integers(0, 256, (rows * cols // block, size), dtype=np.uint8)
+        for at in SCALES_AT[kind]:
+            blocks[:, at : at + 2] = rng.uniform(0.001, 0.01, (len(blocks), 1)).astype("<f2").view(np.uint8)
         return blocks.reshape(-1)
     weight = rng.standard_normal((rows, cols)).astype(np.float32)
     return np.ascontiguousarray(gguf.quants.quantize(weight, kind)).view(np.uint8).reshape(-1)
@@ -83,6 +95,17 @@ def test_rows_decode_bit_for_bit_like_gguf(kind: Kind, level: str) -> None:
     assert np.array_equal(out, decoded(kind, raw, rows, cols))
 
 
+def test_mxfp4_decodes_with_every_scale(level: str) -> None:
+    """From subnormal 2^-128 to 2^127, where the largest values overflow as they do in `gguf`."""
+    blocks = np.random.default_rng(12).integers(0, 256, (256, 17), dtype=np.uint8)
+    blocks[:, 0] = np.arange(256)
+    raw = blocks.reshape(-1)
+    out = np.zeros((256, 32), np.float32)
+    _native.read_rows(int(Kind.MXFP4), 256, 32, packed(Kind.MXFP4, raw, 256, 32), np.arange(256, dtype=np.int32), out)
+    with np.errstate(over="ignore"):
+        assert np.array_equal(out, decoded(Kind.MXFP4, raw, 256, 32))
+
+
 def test_every_f16_value_decodes_exactly(level: str) -> None:
     values = np.arange(65536, dtype=np.uint16).reshape(-1, 64)
     rows, cols = values.shape
@@ -118,18 +141,15 @@ def test_int8_extremes_do_not_saturate(kind: Kind, level: str) -> None:
     """All codes and all activations at their largest: 16-bit intermediate sums would overflow here."""
     rows, cols = 16, 256
     block, size = gguf.GGML_QUANT_SIZES[kind]
-    raw = np.full((rows * cols // block, size), 0xFF, np.uint8)
-    one = np.array([1.0], "<f2").view(np.uint8)
+    raw = np.full((rows * cols // block, size), {Kind.Q8_0: 0x80, Kind.MXFP4: 0x77}.get(kind, 0xFF), np.uint8)
     if kind is Kind.Q6_K:
-        raw[:, 192:208], raw[:, 208:210] = 0x7F, one
-    elif kind in (Kind.Q4_K, Kind.Q5_K):
-        raw[:, 0:2], raw[:, 2:4] = one, 0
-    else:
-        raw[:, 0:2] = one
-        if kind in (Kind.Q4_1, Kind.Q5_1):
-            raw[:, 2:4] = 0
-        if kind is Kind.Q8_0:
-            raw[:, 2:] = 0x80  # -128
+        raw[:, 192:208] = 0x7F
+    for at in SCALES_AT.get(kind, (0,)):
+        raw[:, at : at + 2] = np.array([1.0], "<f2").view(np.uint8)
+    if kind in (Kind.Q4_1, Kind.Q5_1, Kind.Q4_K, Kind.Q5_K):
+        raw[:, 2:4] = 0
+    if kind is Kind.MXFP4:
+        raw[:, 0], raw[:, 1] = 128, 0x77
     flat = raw.reshape(-1)
     weight = decoded(kind, flat, rows, cols).astype(np.float64)
     for sign, digits in ((1, 1), (-1, 1), (1, 2), (-1, 2)):
@@ -161,7 +181,7 @@ def test_training_product(kind: Kind, precision: str, unit: float, backward: boo
         assert not y[:, matrix.shape[1] :].any(), "padding must stay zero"
 
 
-@pytest.mark.parametrize("kind", [Kind.F32, Kind.F16, Kind.BF16], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", FLOAT, ids=lambda kind: kind.name)
 def test_float_weights_keep_float_activations_in_inference(kind: Kind, level: str) -> None:
     rows, cols = 40, 172  # not a multiple of 32: padded inside
     raw = gguf_bytes(kind, rows, cols, 6)

@@ -283,7 +283,7 @@ def test_norm_of_wrong_shape_or_type(tmp_path: Path) -> None:
 def test_unsupported_weight_type_is_named(tmp_path: Path) -> None:
     wide = ONE | {"width": 256, "ffn": 256}
     path = tiny_llama(tmp_path / "bad.gguf", type="TQ1_0", weights=tiny_weights(TinyShape(**wide)), **wide)
-    with pytest.raises(InputError, match=r"`token_embd.weight`.* TQ1_0.*Q4_K") as caught:
+    with pytest.raises(InputError, match=r"`token_embd.weight`.* TQ1_0.*get the Q4_K_M, Q3_K_M or Q2_K file.*IQ4_XS") as caught:
         read(path)
     assert caught.value.exit_code == 2
 

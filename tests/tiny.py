@@ -128,8 +128,8 @@ def tiny_llama(
 ) -> Path:
     """Writes a GGUF with all matrices in `type` and returns its path. Widths must be multiples of the type's block.
 
-    `metadata` replaces keys (None drops one); `extra` adds F32 tensors by their GGUF names. For Q4_K, Q5_K and Q6_K the blocks
-    are random: only decoding matters.
+    `metadata` replaces keys (None drops one); `extra` adds F32 tensors by their GGUF names. In types that `gguf` cannot quantize
+    to, the blocks are random: only decoding matters.
     """
     shape = Shape(**dimensions)
     weights = tiny_weights(shape, seed) if weights is None else weights
@@ -160,7 +160,7 @@ def write_tensor(writer: gguf.GGUFWriter, name: str, matrix: npt.NDArray[np.floa
     kind = gguf.GGMLQuantizationType[type]
     if type in ("F32", "F16"):
         writer.add_tensor(name, matrix.astype(np.float32 if type == "F32" else np.float16))
-    elif type.endswith("_K"):
+    elif type.endswith("_K") or type.startswith("IQ4"):  # what `gguf` decodes but cannot quantize to
         pieces = list(block_bytes(type, Stream(seed, name), len(matrix), matrix.shape[1], matrix.shape[1] ** -0.5))
         writer.add_tensor(name, np.concatenate(pieces).reshape(len(matrix), -1), raw_dtype=kind)
     else:

@@ -81,6 +81,9 @@ struct Avx2 {
   static void store_bytes(void* p, B x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
   static B band(B x, uint8_t mask) { return _mm256_and_si256(x, _mm256_set1_epi8(char(mask))); }
   static B bor(B a, B b) { return _mm256_or_si256(a, b); }
+  static B look_up(const uint8_t* table, B x) {
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), x);
+  }
   template <int N>
   static B shr(B x) {
     return _mm256_srli_epi16(x, N);
@@ -96,6 +99,7 @@ struct Avx2 {
   }
 #ifdef __AVXVNNI__
   static I dot(I acc, B w, const int8_t* x) { return _mm256_dpbusd_avx_epi32(acc, w, broadcast(x)); }
+  static constexpr int kWideZero = 0;
   static I dot_wide(I acc, B w, const int8_t* x) { return dot(acc, w, x); }
 #else
   // maddubs saturates at 16 bits: codes up to 63 are safe (2 * 63 * 127 = 16002).
@@ -103,13 +107,12 @@ struct Avx2 {
     const __m256i twos = _mm256_maddubs_epi16(w, broadcast(x));
     return _mm256_add_epi32(acc, _mm256_madd_epi16(twos, _mm256_set1_epi16(1)));
   }
-  // Codes up to 255 would saturate (2 * 255 * 127 = 64770): split off the top bit, 127 + 128 * bit.
+  // Codes up to 255 would saturate (2 * 255 * 127 = 64770), |w - 128| does not (2 * 128 * 127 = 32512): x takes the sign.
+  static constexpr int kWideZero = 128;
   static I dot_wide(I acc, B w, const int8_t* x) {
-    const __m256i a = broadcast(x), ones = _mm256_set1_epi16(1);
-    const __m256i low = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_and_si256(w, _mm256_set1_epi8(127)), a), ones);
-    const __m256i top = _mm256_and_si256(_mm256_srli_epi16(w, 7), _mm256_set1_epi8(1));
-    const __m256i high = _mm256_madd_epi16(_mm256_maddubs_epi16(top, a), _mm256_set1_epi16(128));
-    return _mm256_add_epi32(acc, _mm256_add_epi32(low, high));
+    const __m256i value = _mm256_xor_si256(w, _mm256_set1_epi8(char(128)));
+    const __m256i twos = _mm256_maddubs_epi16(_mm256_abs_epi8(value), _mm256_sign_epi8(broadcast(x), value));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(twos, _mm256_set1_epi16(1)));
   }
 #endif
   template <int N>

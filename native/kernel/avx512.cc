@@ -60,6 +60,9 @@ struct Avx512 {
   static void store_bytes(void* p, B x) { _mm512_storeu_si512(p, x); }
   static B band(B x, uint8_t mask) { return _mm512_and_si512(x, _mm512_set1_epi8(char(mask))); }
   static B bor(B a, B b) { return _mm512_or_si512(a, b); }
+  static B look_up(const uint8_t* table, B x) {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))), x);
+  }
   template <int N>
   static B shr(B x) {
     return _mm512_srli_epi16(x, N);
@@ -74,6 +77,7 @@ struct Avx512 {
     return _mm512_set1_epi32(four);
   }
   static I dot(I acc, B w, const int8_t* x) { return _mm512_dpbusd_epi32(acc, w, broadcast(x)); }
+  static constexpr int kWideZero = 0;
   static I dot_wide(I acc, B w, const int8_t* x) { return dot(acc, w, x); }
   template <int N>
   static F byte_to_f(B w) {

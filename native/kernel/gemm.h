@@ -10,16 +10,17 @@ namespace {
 // ---- int8 activations: decode and prefill share this loop, so a row's result does not depend on how many rows there are ----
 
 // sum of W codes times one row's 16 (granules [first, last)) or 32 activations, less zero times their sum; exact. Two-digit
-// activations are 128 * high + low, their low digits 32 bytes behind the high ones.
+// activations are 128 * high + low, their low digits 32 bytes behind the high ones. Codes above 63 go to dot_wide, which may take
+// their zero, 128, off each of them.
 template <class V, class Q, int D>
 inline typename V::I exact_dot(const typename V::B* w, const int8_t* x, int first, int last, int sum) {
-  typename V::I low = V::iset1(-Q::zero * sum);
+  constexpr bool wide = Q::zero == 128;
+  typename V::I low = V::iset1((wide ? V::kWideZero - 128 : -Q::zero) * sum);
   const int8_t* digit = x + (D - 1) * kTileCols;
-  for (int g = first; g < last; g++)
-    low = Q::zero == 128 ? V::dot_wide(low, w[g], digit + 4 * g) : V::dot(low, w[g], digit + 4 * g);
+  for (int g = first; g < last; g++) low = wide ? V::dot_wide(low, w[g], digit + 4 * g) : V::dot(low, w[g], digit + 4 * g);
   if constexpr (D == 1) return low;
   typename V::I high = V::iset1(0);
-  for (int g = first; g < last; g++) high = Q::zero == 128 ? V::dot_wide(high, w[g], x + 4 * g) : V::dot(high, w[g], x + 4 * g);
+  for (int g = first; g < last; g++) high = wide ? V::dot_wide(high, w[g], x + 4 * g) : V::dot(high, w[g], x + 4 * g);
   return V::add_digit(low, high);
 }
 
@@ -39,22 +40,23 @@ inline void i8_tile(const uint8_t* planes, const uint8_t* scales, size_t strip_b
       if (t % 2 == 0) __builtin_prefetch(scales + 2 * strip_bytes + 32 * t, 0, 2);
     }
     Q::template unpack<V>(plane, lane, w);
-    const F scale0 = Q::template scale<V>(scales, t, 0, lane);
-    F scale1 = scale0, minimum = scale0;
-    if constexpr (Q::groups == 2) scale1 = Q::template scale<V>(scales, t, 1, lane);
-    if constexpr (Q::has_min) minimum = Q::template min<V>(scales, t, lane);
+    constexpr int groups = Q::groups, granules = 8 / groups;
+    F scale[groups];
+    [[maybe_unused]] F minimum[groups];
+    for (int h = 0; h < groups; h++) {
+      scale[h] = Q::template scale<V>(scales, t, h, lane);
+      if constexpr (Q::has_min) minimum[h] = Q::template min<V>(scales, t, h, lane);
+    }
     for (int m = 0; m < M; m++) {
       const int8_t* x = q + (size_t(m) * tiles + t) * kTileCols * D;
       const ActBlock& b = blocks[size_t(m) * tiles + t];
       const F factor = V::set1(b.scale);
-      if constexpr (Q::groups == 1) {
-        const F dot = V::from_i32(exact_dot<V, Q, D>(w, x, 0, 8, b.sum[0] + b.sum[1]));
-        acc[m] = V::fma(dot, V::mul(scale0, factor), acc[m]);
-      } else {
-        acc[m] = V::fma(V::from_i32(exact_dot<V, Q, D>(w, x, 0, 4, b.sum[0])), V::mul(scale0, factor), acc[m]);
-        acc[m] = V::fma(V::from_i32(exact_dot<V, Q, D>(w, x, 4, 8, b.sum[1])), V::mul(scale1, factor), acc[m]);
+      for (int h = 0; h < groups; h++) {
+        const int sum = groups == 2 ? b.sum[h] : b.sum[0] + b.sum[1];
+        const F dot = V::from_i32(exact_dot<V, Q, D>(w, x, granules * h, granules * (h + 1), sum));
+        acc[m] = V::fma(dot, V::mul(scale[h], factor), acc[m]);
+        if constexpr (Q::has_min) acc[m] = V::fma(minimum[h], V::set1(groups == 2 ? b.scale * float(sum) : b.scaled_sum), acc[m]);
       }
-      if constexpr (Q::has_min) acc[m] = V::fma(minimum, V::set1(b.scaled_sum), acc[m]);
     }
   }
   for (int m = 0; m < M; m++) {
@@ -142,9 +144,10 @@ inline void decode_half_tile(const Matrix& w, int strip, int half, float* out) {
       using F = typename V::F;
       typename V::B codes[8];
       Q::template unpack<V>(plane, lane, codes);
-      const F scale = Q::template scale<V>(scales, tile, Q::groups == 2 ? half % 2 : 0, lane);
+      const int group = Q::groups == 2 ? half % 2 : 0;
+      const F scale = Q::template scale<V>(scales, tile, group, lane);
       F minimum = V::zero();
-      if constexpr (Q::has_min) minimum = Q::template min<V>(scales, tile, lane);
+      if constexpr (Q::has_min) minimum = Q::template min<V>(scales, tile, group, lane);
       const F zero = V::set1(float(Q::zero));
       auto put = [&](int j, F code) {
         F value = V::mul(scale, V::sub(code, zero));

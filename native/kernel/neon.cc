@@ -77,6 +77,7 @@ struct Neon {
   static void store_bytes(void* p, B x) { vst1q_u8(static_cast<uint8_t*>(p), x); }
   static B band(B x, uint8_t mask) { return vandq_u8(x, vdupq_n_u8(mask)); }
   static B bor(B a, B b) { return vorrq_u8(a, b); }
+  static B look_up(const uint8_t* table, B x) { return vqtbl1q_u8(vld1q_u8(table), x); }
   template <int N>
   static B shr(B x) {
     return vshrq_n_u8(x, N);
@@ -89,11 +90,9 @@ struct Neon {
   static I dot(I acc, B w, const int8_t* x) {
     return vdotq_lane_s32(acc, vreinterpretq_s8_u8(w), vreinterpret_s8_u8(four_bytes(x)), 0);
   }
-  // Codes up to 255: (w - 128) x fits, and what it lacks is 128 x = -(-128 x).
-  static I dot_wide(I acc, B w, const int8_t* x) {
-    const I lacking = dot(vdupq_n_s32(0), vdupq_n_u8(128), x);
-    return vsubq_s32(dot(acc, veorq_u8(w, vdupq_n_u8(128)), x), lacking);
-  }
+  // Codes up to 255: w - 128 is signed.
+  static constexpr int kWideZero = 128;
+  static I dot_wide(I acc, B w, const int8_t* x) { return dot(acc, veorq_u8(w, vdupq_n_u8(128)), x); }
   template <int N>
   static F byte_to_f(B w) {
     uint32x4_t word = vreinterpretq_u32_u8(w);

@@ -48,6 +48,9 @@ struct Scalar {
   static void store_bytes(void* p, B x) { std::memcpy(p, &x, 4); }
   static B band(B x, uint8_t mask) { return x & (mask * 0x01010101u); }
   static B bor(B a, B b) { return a | b; }
+  static B look_up(const uint8_t* table, B x) {
+    return table[x & 15] | table[(x >> 8) & 15] << 8 | table[(x >> 16) & 15] << 16 | uint32_t(table[(x >> 24) & 15]) << 24;
+  }
   template <int N>
   static B shr(B x) {
     return x >> N;
@@ -60,6 +63,7 @@ struct Scalar {
     for (int i = 0; i < 4; i++) acc += int((w >> (8 * i)) & 255) * x[i];
     return acc;
   }
+  static constexpr int kWideZero = 0;
   static I dot_wide(I acc, B w, const int8_t* x) { return dot(acc, w, x); }
   template <int N>
   static F byte_to_f(B w) {

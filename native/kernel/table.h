@@ -18,7 +18,7 @@ constexpr int kPanelCols = 48;
 constexpr int kPageTokens = 64;
 
 // 32 activations as one or two int8 digits: x[i] ~ scale * c[i], c = q or 128 * high + low (|c| <= 127 or 127 * 128).
-// scaled_sum = scale * sum(c); sum[h] = sum of c over half h.
+// scaled_sum = scale * sum(c); sum[h] = sum of c over half h, for formats with a scale per 16 columns.
 struct ActBlock {
   float scale, scaled_sum;
   int32_t sum[2];

@@ -2,6 +2,11 @@
 // Every weight format, once. A new one: its header and a row here.
 
 #include "quant/floating.h"
+#include "quant/iq4_nl.h"
+#include "quant/iq4_xs.h"
+#include "quant/mxfp4.h"
+#include "quant/q2_k.h"
+#include "quant/q3_k.h"
 #include "quant/q4_0.h"
 #include "quant/q4_1.h"
 #include "quant/q4_k.h"
@@ -42,6 +47,12 @@ bool with_format(Format format, Visit&& visit) {
     case Format::Q8_0:
       visit(Q8_0{});
       return true;
+    case Format::Q2_K:
+      visit(Q2_K{});
+      return true;
+    case Format::Q3_K:
+      visit(Q3_K{});
+      return true;
     case Format::Q4_K:
       visit(Q4_K{});
       return true;
@@ -50,6 +61,15 @@ bool with_format(Format format, Visit&& visit) {
       return true;
     case Format::Q6_K:
       visit(Q6_K{});
+      return true;
+    case Format::IQ4_NL:
+      visit(IQ4_NL{});
+      return true;
+    case Format::IQ4_XS:
+      visit(IQ4_XS{});
+      return true;
+    case Format::MXFP4:
+      visit(MXFP4{});
       return true;
   }
   return false;

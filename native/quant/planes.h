@@ -1,5 +1,6 @@
 #pragma once
-// Bit planes of a 16 x 32 tile: 4-, 5-, 6- and 8-bit codes. `codes` are the 32 unsigned codes of one row, in column order.
+// Bit planes of a 16 x 32 tile: nibbles, pairs and single bits of codes. `codes` are the 32 unsigned codes of one row, in column
+// order.
 
 #include <cstdint>
 
@@ -24,47 +25,68 @@ inline void unpack_nibbles(const uint8_t* plane, int lane, typename V::B* w) {
   }
 }
 
-// 64 bytes: bit g of byte 4 * row + b is bit 4 of column 4 * g + b.
-inline void pack_fifth_bits(const uint8_t* codes, int row, uint8_t* plane) {
+// Bits `From` and up of every byte, moved to bit `To`; `mask` keeps those that are meant.
+template <class V, int From, int To>
+inline typename V::B move_bits(typename V::B x, uint8_t mask) {
+  if constexpr (From < To) x = V::template shl<To - From>(x);
+  if constexpr (From > To) x = V::template shr<From - To>(x);
+  return V::band(x, mask);
+}
+
+// 64 bytes: bit g of byte 4 * row + b is bit `At` of column 4 * g + b.
+template <int At>
+inline void pack_bits(const uint8_t* codes, int row, uint8_t* plane) {
   for (int b = 0; b < 4; b++) {
     int bits = 0;
-    for (int g = 0; g < 8; g++) bits |= ((codes[4 * g + b] >> 4) & 1) << g;
+    for (int g = 0; g < 8; g++) bits |= ((codes[4 * g + b] >> At) & 1) << g;
     plane[4 * row + b] = uint8_t(bits);
   }
 }
 
-template <class V>
-inline void add_fifth_bits(const uint8_t* plane, int lane, typename V::B* w) {
+template <class V, int At>
+inline void add_bits(const uint8_t* plane, int lane, typename V::B* w) {
   const typename V::B bits = V::bytes(plane + 4 * lane);
-  w[0] = V::bor(w[0], V::band(V::template shl<4>(bits), 0x10));
-  w[1] = V::bor(w[1], V::band(V::template shl<3>(bits), 0x10));
-  w[2] = V::bor(w[2], V::band(V::template shl<2>(bits), 0x10));
-  w[3] = V::bor(w[3], V::band(V::template shl<1>(bits), 0x10));
-  w[4] = V::bor(w[4], V::band(bits, 0x10));
-  w[5] = V::bor(w[5], V::band(V::template shr<1>(bits), 0x10));
-  w[6] = V::bor(w[6], V::band(V::template shr<2>(bits), 0x10));
-  w[7] = V::bor(w[7], V::band(V::template shr<3>(bits), 0x10));
+  w[0] = V::bor(w[0], move_bits<V, 0, At>(bits, 1 << At));
+  w[1] = V::bor(w[1], move_bits<V, 1, At>(bits, 1 << At));
+  w[2] = V::bor(w[2], move_bits<V, 2, At>(bits, 1 << At));
+  w[3] = V::bor(w[3], move_bits<V, 3, At>(bits, 1 << At));
+  w[4] = V::bor(w[4], move_bits<V, 4, At>(bits, 1 << At));
+  w[5] = V::bor(w[5], move_bits<V, 5, At>(bits, 1 << At));
+  w[6] = V::bor(w[6], move_bits<V, 6, At>(bits, 1 << At));
+  w[7] = V::bor(w[7], move_bits<V, 7, At>(bits, 1 << At));
 }
 
-// 128 bytes: bits 2j, 2j+1 of byte 64 * h + 4 * row + b are bits 4, 5 of column 16 * h + 4 * j + b.
-inline void pack_top_pairs(const uint8_t* codes, int row, uint8_t* plane) {
+// 128 bytes: bits 2j, 2j+1 of byte 64 * h + 4 * row + b are bits `At`, `At` + 1 of column 16 * h + 4 * j + b.
+template <int At>
+inline void pack_pairs(const uint8_t* codes, int row, uint8_t* plane) {
   for (int h = 0; h < 2; h++)
     for (int b = 0; b < 4; b++) {
       int bits = 0;
-      for (int j = 0; j < 4; j++) bits |= ((codes[16 * h + 4 * j + b] >> 4) & 3) << (2 * j);
+      for (int j = 0; j < 4; j++) bits |= ((codes[16 * h + 4 * j + b] >> At) & 3) << (2 * j);
       plane[64 * h + 4 * row + b] = uint8_t(bits);
     }
 }
 
-template <class V>
-inline void add_top_pairs(const uint8_t* plane, int lane, typename V::B* w) {
+// Sets w where the pairs are the lowest bits, else adds to it.
+template <class V, int At>
+inline void unpack_pairs(const uint8_t* plane, int lane, typename V::B* w) {
   for (int h = 0; h < 2; h++) {
     const typename V::B bits = V::bytes(plane + 64 * h + 4 * lane);
-    w[4 * h] = V::bor(w[4 * h], V::band(V::template shl<4>(bits), 0x30));
-    w[4 * h + 1] = V::bor(w[4 * h + 1], V::band(V::template shl<2>(bits), 0x30));
-    w[4 * h + 2] = V::bor(w[4 * h + 2], V::band(bits, 0x30));
-    w[4 * h + 3] = V::bor(w[4 * h + 3], V::band(V::template shr<2>(bits), 0x30));
+    const typename V::B pairs[4] = {move_bits<V, 0, At>(bits, 3 << At), move_bits<V, 2, At>(bits, 3 << At),
+                                    move_bits<V, 4, At>(bits, 3 << At), move_bits<V, 6, At>(bits, 3 << At)};
+    for (int j = 0; j < 4; j++) {
+      if constexpr (At == 0)
+        w[4 * h + j] = pairs[j];
+      else
+        w[4 * h + j] = V::bor(w[4 * h + j], pairs[j]);
+    }
   }
+}
+
+// Codes that are indexes below 16 become what the table holds there.
+template <class V>
+inline void look_up(const uint8_t* table, typename V::B* w) {
+  for (int g = 0; g < 8; g++) w[g] = V::look_up(table, w[g]);
 }
 
 inline void copy_half(const uint8_t* from, int row, uint8_t* to) {
@@ -72,7 +94,8 @@ inline void copy_half(const uint8_t* from, int row, uint8_t* to) {
   to[2 * row + 1] = from[1];
 }
 
-// Low nibble j is column j, high nibble j is column 16 + j: how Q4_0, Q4_1, Q5_0 and Q5_1 store 32 columns in 16 bytes.
+// Low nibble j is column j, high nibble j is column 16 + j: how the formats with blocks of 32, and IQ4_XS, store 32 columns in
+// 16 bytes.
 inline void split_nibbles(const uint8_t* bytes, uint8_t* codes) {
   for (int j = 0; j < 16; j++) {
     codes[j] = bytes[j] & 15;
@@ -100,7 +123,7 @@ struct HalfScales {
   }
 
   template <class V>
-  static typename V::F min(const uint8_t* scales, int tile, int lane) {
+  static typename V::F min(const uint8_t* scales, int tile, int, int lane) {
     return V::from_f16(reinterpret_cast<const uint16_t*>(scales + size_t(Bytes) * tile + 32) + lane);
   }
 };
@@ -126,10 +149,25 @@ struct SixBitScales {
   }
 
   template <class V>
-  static typename V::F min(const uint8_t* scales, int tile, int lane) {
+  static typename V::F min(const uint8_t* scales, int tile, int, int lane) {
     const uint8_t* block = scales + size_t(scale_bytes) * (tile / 8);
     const typename V::F d = V::from_f16(reinterpret_cast<const uint16_t*>(block + 32) + lane);
     return V::sub(V::zero(), V::mul(d, V::from_u8(block + 192 + 16 * (tile % 8) + lane)));
+  }
+};
+
+// Scale section of Q3_K, Q6_K and IQ4_XS, a superblock: fp16 d[16] | int8 scale[8 * Groups][16]. A tile has `Groups` scales.
+template <int Groups>
+struct SignedScales {
+  static constexpr int groups = Groups, scale_bytes = 32 + 128 * Groups;
+
+  static void put_scale(int scale, int row, int group, uint8_t* scales) { scales[32 + 16 * group + row] = uint8_t(scale); }
+
+  template <class V>
+  static typename V::F scale(const uint8_t* scales, int tile, int group, int lane) {
+    const uint8_t* block = scales + size_t(scale_bytes) * (tile / 8);
+    const typename V::F d = V::from_f16(reinterpret_cast<const uint16_t*>(block) + lane);
+    return V::mul(d, V::from_s8(reinterpret_cast<const int8_t*>(block) + 32 + 16 * (Groups * (tile % 8) + group) + lane));
   }
 };
 

@@ -18,14 +18,14 @@ struct Q5_0 : HalfScales<32> {
     split_nibbles(block + 6, codes);
     for (int j = 0; j < 32; j++) codes[j] |= ((block[2 + j / 8] >> (j % 8)) & 1) << 4;
     pack_nibbles(codes, row, plane);
-    pack_fifth_bits(codes, row, plane + 256);
+    pack_bits<4>(codes, row, plane + 256);
     copy_half(block, row, scales);
   }
 
   template <class V>
   static void unpack(const uint8_t* plane, int lane, typename V::B* w) {
     unpack_nibbles<V>(plane, lane, w);
-    add_fifth_bits<V>(plane + 256, lane, w);
+    add_bits<V, 4>(plane + 256, lane, w);
   }
 };
 

@@ -18,7 +18,7 @@ struct Q5_1 : HalfScales<64> {
     split_nibbles(block + 8, codes);
     for (int j = 0; j < 32; j++) codes[j] |= ((block[4 + j / 8] >> (j % 8)) & 1) << 4;
     pack_nibbles(codes, row, plane);
-    pack_fifth_bits(codes, row, plane + 256);
+    pack_bits<4>(codes, row, plane + 256);
     copy_half(block, row, scales);
     copy_half(block + 2, row, scales + 32);
   }
@@ -26,7 +26,7 @@ struct Q5_1 : HalfScales<64> {
   template <class V>
   static void unpack(const uint8_t* plane, int lane, typename V::B* w) {
     unpack_nibbles<V>(plane, lane, w);
-    add_fifth_bits<V>(plane + 256, lane, w);
+    add_bits<V, 4>(plane + 256, lane, w);
   }
 };
 

@@ -22,14 +22,14 @@ struct Q5_K : SixBitScales {
     for (int j = 0; j < 32; j++)
       codes[j] = uint8_t((tile % 2 ? bytes[j] >> 4 : bytes[j] & 15) | ((block[16 + j] >> tile) & 1) << 4);
     pack_nibbles(codes, row, plane);
-    pack_fifth_bits(codes, row, plane + 256);
+    pack_bits<4>(codes, row, plane + 256);
     pack_scales(block, row, tile, scales);
   }
 
   template <class V>
   static void unpack(const uint8_t* plane, int lane, typename V::B* w) {
     unpack_nibbles<V>(plane, lane, w);
-    add_fifth_bits<V>(plane + 256, lane, w);
+    add_bits<V, 4>(plane + 256, lane, w);
   }
 };
 

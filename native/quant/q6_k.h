@@ -2,7 +2,6 @@
 // Q6_K, 210 bytes for 256 columns: 0 low nibbles[128] | 128 top pairs[64] | 192 int8 scale[16] | 208 fp16 d
 // w = d * scale[c / 16] * (q - 32). In each half of 128 columns, low byte 32 * (s % 2) + j holds columns 32s + j (s = 0, 1: low
 // nibble; s = 2, 3: high nibble) and top byte j holds their top pairs at bits 2s.
-// Scale section a superblock: fp16 d[16] | int8 scale[16][16].
 
 #include "quant/format.h"
 #include "quant/planes.h"
@@ -10,11 +9,11 @@
 namespace nomoat {
 namespace {
 
-struct Q6_K {
+struct Q6_K : SignedScales<2> {
   static constexpr Format id = Format::Q6_K;
   static constexpr bool integer = true, has_min = false;
-  static constexpr int block_cols = 256, block_bytes = 210, plane_bytes = 256 + 128, scale_bytes = 32 + 256;
-  static constexpr int zero = 32, groups = 2;
+  static constexpr int block_cols = 256, block_bytes = 210, plane_bytes = 256 + 128;
+  static constexpr int zero = 32;
 
   static void pack(const uint8_t* block, int row, int tile, uint8_t* plane, uint8_t* scales) {
     uint8_t codes[32];
@@ -22,22 +21,15 @@ struct Q6_K {
     const uint8_t *low = block + 64 * half + 32 * (s % 2), *top = block + 128 + 32 * half;
     for (int j = 0; j < 32; j++) codes[j] = uint8_t((s < 2 ? low[j] & 15 : low[j] >> 4) | ((top[j] >> (2 * s)) & 3) << 4);
     pack_nibbles(codes, row, plane);
-    pack_top_pairs(codes, row, plane + 256);
+    pack_pairs<4>(codes, row, plane + 256);
     copy_half(block + 208, row, scales);
-    for (int group = 2 * tile; group < 2 * tile + 2; group++) scales[32 + 16 * group + row] = block[192 + group];
+    for (int group = 2 * tile; group < 2 * tile + 2; group++) put_scale(block[192 + group], row, group, scales);
   }
 
   template <class V>
   static void unpack(const uint8_t* plane, int lane, typename V::B* w) {
     unpack_nibbles<V>(plane, lane, w);
-    add_top_pairs<V>(plane + 256, lane, w);
-  }
-
-  template <class V>
-  static typename V::F scale(const uint8_t* scales, int tile, int group, int lane) {
-    const uint8_t* block = scales + size_t(scale_bytes) * (tile / 8);
-    const typename V::F d = V::from_f16(reinterpret_cast<const uint16_t*>(block) + lane);
-    return V::mul(d, V::from_s8(reinterpret_cast<const int8_t*>(block) + 32 + 16 * (2 * (tile % 8) + group) + lane));
+    unpack_pairs<V, 4>(plane + 256, lane, w);
   }
 };
 

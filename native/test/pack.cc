@@ -1,6 +1,8 @@
 // Packed weights: the bytes of a strip, its padding, ranges of strips, bad arguments, the checksum.
 
 #include <algorithm>
+#include <cmath>
+#include <utility>
 
 #include "quant/format.h"
 #include "quant/half.h"
@@ -24,6 +26,23 @@ TEST("pack: every format decodes to its definition, bit for bit, and pads with z
         for (int c = 0; c < int(row.size()); c++)
           CHECK(row[size_t(c)] == w.at(r, c), "format %d, [%d, %d]: %g, expected %g", int(format), r, c, double(row[size_t(c)]),
                 double(w.at(r, c)));
+      }
+    }
+  });
+}
+
+TEST("pack: MXFP4 decodes with every scale, from subnormal to infinite") {
+  Weights w = random_weights(Format::MXFP4, 256, 32, 9);
+  std::vector<int> before(256);
+  for (int row = 0; row < 256; row++) before[size_t(row)] = std::exchange(w.gguf[size_t(17 * row)], uint8_t(row));
+  pack_strips(w.matrix, w.gguf.data(), 0, w.matrix.strips(), w.packed.data());
+  for_levels([&](const Kernels& k) {
+    Floats found(32);
+    for (int row = 0; row < 256; row++) {
+      k.read_row(w.matrix, row, found.data());
+      for (int c = 0; c < 32; c++) {
+        const float expected = std::ldexp(w.at(row, c), row - before[size_t(row)]);
+        CHECK(found[size_t(c)] == expected, "[%d, %d]: %g, expected %g", row, c, double(found[size_t(c)]), double(expected));
       }
     }
   });

@@ -70,7 +70,8 @@ Floats multiply(const Kernels& k, const Weights& w, const Inputs& in, int first_
 }
 
 // A tile's dot is exact in integers. A lane then rounds its factor (twice: scale * scale of the activations, and for the K
-// formats d * scale), its product and the sum of each tile; Q6_K has two groups a tile. Float weights: one rounding a column.
+// formats d * scale), its product and the sum of each tile; some have two groups a tile, Q2_K with two mins. Float weights: one
+// rounding a column.
 double roundings(const Weights& w) { return is_float(w.format) ? w.cols + 1 : 4 * w.matrix.tiles() + 4; }
 
 std::vector<int> digits_of(Format format) { return is_float(format) ? std::vector{1} : std::vector{1, 2}; }
@@ -115,7 +116,7 @@ TEST("products: every level gives the scalar level's bits, for 1 to 17 rows at o
 
 TEST("products: strips outside the range stay, and `add` adds") {
   for_levels([](const Kernels& k) {
-    for (Format format : {Format::Q4_1, Format::Q6_K, Format::F16}) {
+    for (Format format : {Format::Q4_1, Format::Q2_K, Format::Q6_K, Format::F16}) {
       const Weights w = random_weights(format, 50, columns_of(format), 15);
       const Inputs in(3, w.cols, 2, 16);
       const Floats whole = multiply(k, w, in, 0, 3);
@@ -134,19 +135,49 @@ TEST("products: strips outside the range stay, and `add` adds") {
   });
 }
 
+// Makes every scale and min of a block a small whole number, most of them 1.
+void unit_scales(Format format, uint8_t* block) {
+  const auto one = [&](int at) { block[at] = 0x00, block[at + 1] = 0x3c; };
+  switch (format) {
+    case Format::Q5_1:
+      one(0), one(2);
+      break;
+    case Format::Q2_K:
+      std::fill_n(block, 16, uint8_t(0x21));  // scale 1, min 2
+      one(80), one(82);
+      break;
+    case Format::Q3_K:
+      std::fill_n(block + 96, 8, uint8_t(0x11));
+      std::fill_n(block + 104, 4, uint8_t(0xaa));  // six bits: 33, less 32
+      one(108);
+      break;
+    case Format::Q6_K:
+      std::fill_n(block + 192, 16, uint8_t(1));
+      one(208);
+      break;
+    case Format::IQ4_XS:
+      std::fill_n(block + 2, 2, uint8_t(0xaa));
+      std::fill_n(block + 4, 4, uint8_t(0x11));
+      one(0);
+      break;
+    case Format::MXFP4:
+      block[0] = 128;
+      break;
+    default:
+      one(0);
+  }
+}
+
 // All codes and all activations at their largest: 16-bit intermediate sums would saturate (maddubs) or overflow.
 TEST("products: the largest codes with the largest activations are exact") {
-  for (Format format : {Format::Q4_0, Format::Q5_1, Format::Q8_0, Format::Q6_K}) {
-    for (int byte : {0xff, 0x00, 0x7f, 0x80}) {
+  for (Format format : {Format::Q4_0, Format::Q5_1, Format::Q8_0, Format::Q2_K, Format::Q3_K, Format::Q6_K, Format::IQ4_NL,
+                        Format::IQ4_XS, Format::MXFP4}) {
+    for (int byte : {0xff, 0x00, 0x77, 0x7f, 0x80}) {
       Weights w = random_weights(format, 16, 256, 17);
       const size_t block = w.gguf.size() / (16 * 256 / size_t(block_of(format)));
       for (size_t b = 0; b < w.gguf.size(); b += block) {
-        const size_t d = format == Format::Q6_K ? 208 : 0;
         std::fill_n(w.gguf.begin() + long(b), block, uint8_t(byte));
-        w.gguf[b + d] = 0x00;
-        w.gguf[b + d + 1] = 0x3c;  // 1.0
-        if (format == Format::Q5_1) w.gguf[b + 2] = w.gguf[b + 3] = 0;
-        if (format == Format::Q6_K) std::fill_n(w.gguf.begin() + long(b) + 192, 16, uint8_t(1));
+        unit_scales(format, &w.gguf[b]);
       }
       pack_strips(w.matrix, w.gguf.data(), 0, 1, w.packed.data());
       Floats row(256);

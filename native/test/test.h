@@ -66,10 +66,13 @@ struct Weights {
 
 Weights random_weights(Format format, int rows, int cols, uint64_t seed);
 
-constexpr Format kFormats[] = {Format::F32,  Format::F16,  Format::BF16, Format::Q4_0, Format::Q4_1, Format::Q5_0,
-                               Format::Q5_1, Format::Q8_0, Format::Q4_K, Format::Q5_K, Format::Q6_K};
+constexpr Format kFormats[] = {Format::F32,  Format::F16,    Format::BF16,   Format::Q4_0, Format::Q4_1, Format::Q5_0,
+                               Format::Q5_1, Format::Q8_0,   Format::Q2_K,   Format::Q3_K, Format::Q4_K, Format::Q5_K,
+                               Format::Q6_K, Format::IQ4_NL, Format::IQ4_XS, Format::MXFP4};
 inline bool is_float(Format f) { return f == Format::F32 || f == Format::F16 || f == Format::BF16; }
-inline int block_of(Format f) { return is_float(f) ? 1 : f == Format::Q4_K || f == Format::Q5_K || f == Format::Q6_K ? 256 : 32; }
+inline int block_of(Format f) {
+  return is_float(f) ? 1 : (f >= Format::Q2_K && f <= Format::Q6_K) || f == Format::IQ4_XS ? 256 : 32;
+}
 
 }  // namespace nomoat
 

@@ -43,6 +43,21 @@ int code256(const uint8_t* nibbles, int column) {
   return nibble(nibbles + 32 * (column / 64), 2 * (column % 32) + column / 32 % 2);
 }
 
+// In each half of 128 columns, bits 2s of byte j are column 32s + j.
+int pair256(const uint8_t* pairs, int column) {
+  return (pairs[32 * (column / 128) + column % 32] >> (2 * (column % 128 / 32))) & 3;
+}
+
+// The 16 values of IQ4_NL and IQ4_XS, and those of MXFP4 (E2M1, doubled).
+constexpr int kFine[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+constexpr int kE2M1[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+// Q3_K: sixteen six-bit scales, the low nibbles in 8 bytes, the top pairs in 4.
+int q3_scale(const uint8_t* packed, int group) {
+  const int low = group < 8 ? packed[group] & 15 : packed[group - 8] >> 4;
+  return (low | ((packed[8 + group % 4] >> (group / 4 * 2)) & 3) << 4) - 32;
+}
+
 Value value_of(Format format, const uint8_t* b, int c) {
   float whole;
   switch (format) {
@@ -63,6 +78,18 @@ Value value_of(Format format, const uint8_t* b, int c) {
       return {half_at(b) * (code32(b + 8, c) | bit(b + 4, c) << 4), half_at(b + 2)};
     case Format::Q8_0:
       return {half_at(b) * int8_t(b[2 + c])};
+    case Format::Q2_K:
+      return {half_at(b + 80) * (b[c / 16] & 15) * pair256(b + 16, c), -half_at(b + 82) * (b[c / 16] >> 4)};
+    case Format::Q3_K:
+      return {half_at(b + 108) * q3_scale(b + 96, c / 16) * (pair256(b + 32, c) - (bit(b + c % 32, c / 32) ? 0 : 4))};
+    case Format::IQ4_NL:
+      return {half_at(b) * kFine[code32(b + 2, c)]};
+    case Format::IQ4_XS: {
+      const int run = c / 32, scale = nibble(b + 4, run) | (((b[2] | b[3] << 8) >> (2 * run)) & 3) << 4;
+      return {half_at(b) * (scale - 32) * kFine[code32(b + 8 + 16 * run, c % 32)]};
+    }
+    case Format::MXFP4:
+      return {std::ldexp(kE2M1[code32(b + 1, c)], b[0] - 128)};
     case Format::Q4_K:
       return k_value(b, c, code256(b + 16, c));
     case Format::Q5_K:
@@ -77,14 +104,28 @@ Value value_of(Format format, const uint8_t* b, int c) {
   return {0};
 }
 
-// Where a block's fp16 scales stand; -1 = none.
-void scale_offsets(Format format, int offsets[2]) {
-  offsets[0] = offsets[1] = -1;
-  if (format == Format::Q6_K)
-    offsets[0] = 208;
-  else if (!is_float(format))
-    offsets[0] = 0;
-  if (format == Format::Q4_1 || format == Format::Q5_1 || format == Format::Q4_K || format == Format::Q5_K) offsets[1] = 2;
+// Where a block's fp16 scales stand.
+std::vector<int> scale_offsets(Format format) {
+  switch (format) {
+    case Format::F32:
+    case Format::F16:
+    case Format::BF16:
+    case Format::MXFP4:
+      return {};
+    case Format::Q4_1:
+    case Format::Q5_1:
+    case Format::Q4_K:
+    case Format::Q5_K:
+      return {0, 2};
+    case Format::Q2_K:
+      return {80, 82};
+    case Format::Q3_K:
+      return {108};
+    case Format::Q6_K:
+      return {208};
+    default:
+      return {0};
+  }
 }
 
 void put_half(Random& random, uint8_t* to) {
@@ -110,13 +151,12 @@ Weights random_weights(Format format, int rows, int cols, uint64_t seed) {
   const size_t row_bytes = gguf_row_bytes(format, cols), blocks = size_t(cols / block_of(format)), bytes = row_bytes / blocks;
   w.gguf.resize(size_t(rows) * row_bytes);
   for (uint8_t& byte : w.gguf) byte = uint8_t(random());
-  int offsets[2];
-  scale_offsets(format, offsets);
+  const std::vector<int> offsets = scale_offsets(format);
   for (size_t b = 0; b < size_t(rows) * blocks; b++) {
     uint8_t* block = w.gguf.data() + b * bytes;
     if (is_float(format)) put_float(random, format, block);
-    for (int offset : offsets)
-      if (offset >= 0) put_half(random, block + offset);
+    for (int offset : offsets) put_half(random, block + offset);
+    if (format == Format::MXFP4) block[0] = uint8_t(116 + random.below(8));
     for (int c = 0; c < block_of(format); c++) {
       const Value value = value_of(format, block, c);
       w.values[b * block_of(format) + c] = float(value.product + value.least);

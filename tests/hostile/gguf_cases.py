@@ -178,9 +178,11 @@ def _shapes() -> Iterator[Case]:
     yield case("G32", "three-quarters", replace(good, tensors=three).build(), "E_OVERFLOW")
     for kind in (4, 5, 31, 32, 33, 36, 37, 38, 42, 255, -1):
         yield case("G33", f"type-{kind}", good.with_tensor(NORM, type=kind, data=b"\0" * 128).build(), "E_DTYPE")
-    for kind in (9, 10, 16, 24, 28, 39):
+    for kind in (9, 15, 16, 19, 24, 28, 34, 40):
         yield case("G33", f"unsupported-{kind}", good.with_tensor(NORM, type=kind, data=b"\0" * 128).build(), "E_DTYPE")
     yield shaped("G34", "q8_0-row-33", "E_SHAPE", dims=(33, 2), type=8, data=b"\0" * 68)
+    yield shaped("G34", "mxfp4-row-48", "E_SHAPE", dims=(48, 2), type=39, data=b"\0" * 51)
+    yield shaped("G34", "q2_K-row-128", "E_SHAPE", dims=(128, 2), type=10, data=b"\0" * 84)
     yield shaped("G34", "q4_K-row-128", "E_SHAPE", dims=(128, 2), type=12, data=b"\0" * 144)
 
 

@@ -47,25 +47,17 @@ def _no_lowest(blocks: Bytes) -> None:
     np.maximum(codes, -127, out=codes)
 
 
-def _same_nibbles(blocks: Bytes) -> None:
-    """Q2_K: 16 bytes of (scale, minimum), 4 bits each: equal, and 8 at least, as in blocks whose parts are alike."""
-    scales = blocks[:, :16]
-    scales &= 0x0F
-    scales |= 0x08
-    scales |= scales << 4
+def _large_nibbles(blocks: Bytes) -> None:
+    """Q2_K: 16 bytes of a scale and a minimum of 4 bits each: 8 at least, as in blocks whose parts are alike."""
+    blocks[:, :16] |= 0x88
 
 
-def _same_scales(blocks: Bytes) -> None:
-    """Q4_K and Q5_K: 12 bytes of 8 scales and 8 minima, 6 bits each: equal, and 32 at least.
+def _large_scales(blocks: Bytes) -> None:
+    """Q4_K and Q5_K: 12 bytes of 8 scales and 8 minima of 6 bits each: 32 at least.
 
-    Bytes 0-3: scales 0-3, and two high bits of scales 4-7. Bytes 4-7: the same of the minima. Bytes 8-11: four low bits of
-    scales 4-7, then of minima 4-7.
+    Bytes 0-3: scales 0-3, above them two high bits of scales 4-7. Bytes 4-7: the same of the minima. Bytes 8-11: low bits.
     """
-    scales = blocks[:, 4:16]
-    scales[:, 0:4] |= 0xA0
-    scales[:, 4:8] = scales[:, 0:4]
-    scales[:, 8:12] &= 0x0F
-    scales[:, 8:12] |= scales[:, 8:12] << 4
+    blocks[:, 4:12] |= 0xA0
 
 
 def _square(values: npt.ArrayLike) -> float:
@@ -78,8 +70,14 @@ def _centred(codes: int) -> float:
     return (codes**2 - 1) / 12
 
 
-#: Scales of Q4_K and Q5_K, Q2_K, Q3_K, Q6_K and IQ4_XS as the functions above leave them.
-_K, _K2, _K3, _K6 = _square(range(32, 64)), _square(range(8, 16)), _square(range(-32, 32)), _square(range(-128, 128))
+def _affine(scales: range, codes: int) -> float:
+    """Deviation of d * (scale * code - minimum * middle of the codes), scale and minimum both out of `scales`."""
+    middle = (codes - 1) / 2
+    return (_square(scales) * _centred(codes) + 2 * middle**2 * _centred(len(scales))) ** 0.5
+
+
+#: Scales of Q3_K and IQ4_XS, and of Q6_K.
+_K3, _K6 = _square(range(-32, 32)), _square(range(-128, 128))
 
 LAYOUTS: dict[str, Layout] = {
     "Q4_0": Layout(32, 18, _square(range(-8, 8)) ** 0.5, signed=True),
@@ -88,10 +86,10 @@ LAYOUTS: dict[str, Layout] = {
     "Q5_1": Layout(32, 24, _centred(32) ** 0.5, low=2, low_factor=-15.5, signed=True),
     "Q8_0": Layout(32, 34, _square(range(-127, 128)) ** 0.5, signed=True, repair=_no_lowest),
     "IQ4_NL": Layout(32, 18, _square(IQ4) ** 0.5, signed=True),
-    "Q2_K": Layout(256, 84, (_K2 * _centred(4)) ** 0.5, d=80, low=82, low_factor=1.5, repair=_same_nibbles),
+    "Q2_K": Layout(256, 84, _affine(range(8, 16), 4), d=80, low=82, low_factor=1.5, repair=_large_nibbles),
     "Q3_K": Layout(256, 110, (_K3 * _square(range(-4, 4))) ** 0.5, d=108),
-    "Q4_K": Layout(256, 144, (_K * _centred(16)) ** 0.5, low=2, low_factor=7.5, repair=_same_scales),
-    "Q5_K": Layout(256, 176, (_K * _centred(32)) ** 0.5, low=2, low_factor=15.5, repair=_same_scales),
+    "Q4_K": Layout(256, 144, _affine(range(32, 64), 16), low=2, low_factor=7.5, repair=_large_scales),
+    "Q5_K": Layout(256, 176, _affine(range(32, 64), 32), low=2, low_factor=15.5, repair=_large_scales),
     "Q6_K": Layout(256, 210, (_K6 * _square(range(-32, 32))) ** 0.5, d=208),
     "IQ4_XS": Layout(256, 136, (_K3 * _square(IQ4)) ** 0.5),
     "MXFP4": Layout(32, 17, _square(FP4) ** 0.5, power_of_two=True),

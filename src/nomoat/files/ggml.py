@@ -54,7 +54,15 @@ BLOCK_SHAPE: dict[GgmlType, tuple[int, int]] = {
     GgmlType.Q5_0: (32, 22),
     GgmlType.Q5_1: (32, 24),
     GgmlType.Q8_0: (32, 34),
+    GgmlType.Q2_K: (256, 84),
+    GgmlType.Q3_K: (256, 110),
     GgmlType.Q4_K: (256, 144),
     GgmlType.Q5_K: (256, 176),
     GgmlType.Q6_K: (256, 210),
+    GgmlType.IQ4_NL: (32, 18),
+    GgmlType.IQ4_XS: (256, 136),
+    GgmlType.MXFP4: (32, 17),
 }
+
+#: What to do about a file with weights of another type: repositories that offer one offer these too.
+ADVICE = "get the Q4_K_M, Q3_K_M or Q2_K file of this model"

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from nomoat.errors import FileFormatError, NotFoundError, printable
 from nomoat.files.cursor import Cursor
-from nomoat.files.ggml import BLOCK_SHAPE, GgmlType
+from nomoat.files.ggml import ADVICE, BLOCK_SHAPE, GgmlType
 from nomoat.files.source import ByteSource
 
 __all__ = [
@@ -429,10 +429,11 @@ class _Shard:
         try:
             kind = GgmlType(number)
         except ValueError:
-            self._cursor.fail("E_DTYPE", f"`{name}` has the unknown or retired tensor type {number}", at)
+            self._cursor.fail("E_DTYPE", f"`{name}` has the unknown or retired tensor type {number}; {ADVICE}", at)
         if kind not in BLOCK_SHAPE:
             usable = ", ".join(member.name for member in BLOCK_SHAPE)
-            self._cursor.fail("E_DTYPE", f"`{name}` is stored as {kind.name}; get a file that uses only {usable}", at)
+            what = f"`{name}` is stored as {kind.name}, which nomoat does not support; {ADVICE} (supported: {usable})"
+            self._cursor.fail("E_DTYPE", what, at)
         return kind
 
 

@@ -7,10 +7,11 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 
 from nomoat.errors import ModelError, printable
+from nomoat.files.ggml import ADVICE, BLOCK_SHAPE
 from nomoat.models.spec import ModelSpec
 
 #: Weight formats the engine multiplies with; norms are vectors and must be plain floats.
-MATRIX_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+MATRIX_TYPES = tuple(kind.name for kind in BLOCK_SHAPE)
 VECTOR_TYPES = ("F32", "F16", "BF16")
 
 #: Routers and experts, in every spelling of GGUF and Hugging Face.
@@ -84,9 +85,10 @@ def shapes_and_types(where: str, spec: ModelSpec, known: Mapping[str, Known]) ->
             )
         supported = VECTOR_TYPES if len(expected) == 1 else MATRIX_TYPES
         if kind not in supported:
+            advice = "norms must be plain floats" if len(expected) == 1 else ADVICE
             raise ModelError(
                 f"{where}: tensor `{printable(name)}` has type {printable(kind)}, which nomoat does not support; "
-                f"supported: {', '.join(supported)}",
+                f"{advice} (supported: {', '.join(supported)})",
                 code="E_DTYPE",
             )
 
