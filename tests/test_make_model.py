@@ -104,15 +104,15 @@ def test_published_shapes_have_the_published_parameters(model_type: str, size: s
 def test_text_goes_in_and_out_of_both_vocabularies(model_type: str, tmp_path: Path) -> None:
     folder = make(tmp_path / "folder", model_type, "tiny", "hf-bf16")
     with open_gguf(make(tmp_path / "model.gguf", model_type, "tiny", "F16")) as file:
-        pair = [(Tokenizer.from_gguf(file), file), (Tokenizer.from_folder(folder), folder)]
-        templates = [template_for(source, tokenizer) for tokenizer, source in pair]
-    for tokenizer, _ in pair:
+        pair = Tokenizer.from_gguf(file), Tokenizer.from_folder(folder)
+        templates = template_for(file, pair[0]), template_for(folder, pair[1])
+    for tokenizer in pair:
         ids = tokenizer.encode(TEXT, add_bos=False)
         assert tokenizer.decode(ids).removeprefix(" ") == TEXT
         assert len(ids) < len(TEXT.encode())  # some merges
         assert tokenizer.encode("<|im_end|>", parse_special=True, add_bos=False)[-1] in tokenizer.eos_ids
         assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (288, 1, 2)
-    assert pair[0][0].encode(TEXT) == pair[1][0].encode(TEXT)
+    assert pair[0].encode(TEXT) == pair[1].encode(TEXT)
     assert None not in templates
 
 

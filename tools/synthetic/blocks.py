@@ -73,7 +73,7 @@ def _centred(codes: int) -> float:
 def _affine(scales: range, codes: int) -> float:
     """Deviation of d * (scale * code - minimum * middle of the codes), scale and minimum both out of `scales`."""
     middle = (codes - 1) / 2
-    return (_square(scales) * _centred(codes) + 2 * middle**2 * _centred(len(scales))) ** 0.5
+    return math.sqrt(_square(scales) * _centred(codes) + 2 * middle**2 * _centred(len(scales)))
 
 
 #: Scales of Q3_K and IQ4_XS, and of Q6_K.
