@@ -180,7 +180,10 @@ void set_layer(PyEngine& e, int layer, int heads, int kv_heads, int ffn, int win
           "query heads must be 1 to " + std::to_string(kMaxGroup) + " times the kv heads");
   require(window >= 0 && experts >= 0, "window and experts must not be negative");
   require(rope >= -1 && rope < int(e.ropes.size()), "rope " + std::to_string(rope) + " of " + std::to_string(e.ropes.size()));
-  require(!experts || (ffn % kStripRows == 0 && e.dims.width % kStripRows == 0), "rows of experts must be a multiple of 16");
+  require(!experts || (e.dims.gated && ffn % kStripRows == 0 && e.dims.width % kStripRows == 0),
+          "experts must have a gate, and rows that are a multiple of 16");
+  require(!experts || (e.experts_used > 0 && e.experts_used <= experts),
+          std::to_string(e.experts_used) + " experts used of " + std::to_string(experts));
   Layer& own = e.layers[size_t(layer)] = Layer{};  // its weights come later
   own.heads = heads, own.kv_heads = kv_heads, own.ffn = ffn;
   own.window = window, own.rope = rope, own.experts = experts;
@@ -263,6 +266,13 @@ struct PyTape : Tape {
   Mode mode;
 };
 
+// The two halves of a layer, one after the other.
+void run_layer(PyEngine& e, int layer, Mode mode, float* x, const Batch& batch, const KvCache& cache, int cache_layer,
+               LayerTape* tape) {
+  attention_forward(e, layer, mode, x, batch, cache, cache_layer, tape);
+  (e.layers[size_t(layer)].experts ? moe_forward : mlp_forward)(e, layer, mode, x, batch, tape);
+}
+
 void forward_layer(PyEngine& e, int layer, const std::string& precision, const Floats& x, const PyBatch& b, KvCache& cache) {
   e.check_layer(layer);
   e.check_rows(nb::ndarray<>(x), b.batch.rows, e.dims.width, "x");
@@ -271,8 +281,7 @@ void forward_layer(PyEngine& e, int layer, const std::string& precision, const F
   require(cache.holds(layer, e.layers[size_t(layer)].kv_heads), "the cache was made for an engine with other layers");
   nb::gil_scoped_release release;
   cache.reserve(b.highest_page + 1);
-  attention_forward(e, layer, mode, x.data(), b.batch, cache, layer, nullptr);
-  mlp_forward(e, layer, mode, x.data(), b.batch, nullptr);
+  run_layer(e, layer, mode, x.data(), b.batch, cache, layer, nullptr);
 }
 
 void record_layer(PyEngine& e, int layer, const Floats& x, const PyBatch& b, PyTape& tape) {
@@ -285,8 +294,7 @@ void record_layer(PyEngine& e, int layer, const Floats& x, const PyBatch& b, PyT
   const bool keep = tape.keep[size_t(layer)];
   if (!keep) save_rows(Mode::f32, x.data(), size_t(b.batch.rows) * padded(e.dims.width), tape.inputs[size_t(layer)]);
   LayerTape* own = keep ? &tape.kept[size_t(layer)] : nullptr;
-  attention_forward(e, layer, tape.mode, x.data(), b.batch, tape.scratch, 0, own);
-  mlp_forward(e, layer, tape.mode, x.data(), b.batch, own);
+  run_layer(e, layer, tape.mode, x.data(), b.batch, tape.scratch, 0, own);
 }
 
 void backward_layer(PyEngine& e, int layer, const Floats& dx, const PyBatch& b, PyTape& tape, bool need_dx) {
@@ -296,12 +304,10 @@ void backward_layer(PyEngine& e, int layer, const Floats& dx, const PyBatch& b, 
   nb::gil_scoped_release release;
   const LayerTape* own = &tape.kept[size_t(layer)];
   if (!tape.keep[size_t(layer)]) {
-    float* x = tape.inputs[size_t(layer)].data<float>();
-    attention_forward(e, layer, tape.mode, x, b.batch, tape.scratch, 0, &tape.again);
-    mlp_forward(e, layer, tape.mode, x, b.batch, &tape.again);
+    run_layer(e, layer, tape.mode, tape.inputs[size_t(layer)].data<float>(), b.batch, tape.scratch, 0, &tape.again);
     own = &tape.again;
   }
-  mlp_backward(e, layer, tape.mode, dx.data(), b.batch, *own);
+  (e.layers[size_t(layer)].experts ? moe_backward : mlp_backward)(e, layer, tape.mode, dx.data(), b.batch, *own);
   attention_backward(e, layer, tape.mode, dx.data(), b.batch, *own, need_dx);
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +45,18 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data sets at {folder}; set NOMOAT_SHARED_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def bubblewrap() -> None:
+    """Skips where bubblewrap is missing or the system forbids it. Where it works, nomoat's sandbox must work too."""
+    trivial = ["bwrap", "--unshare-all", "--ro-bind", "/", "/", "true"]
+    try:
+        outcome = subprocess.run(trivial, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("bubblewrap is not installed; `apt install bubblewrap`")
+    if outcome.returncode != 0:
+        pytest.skip(f"bubblewrap does not work here: {outcome.stderr.strip()}")
 
 
 @pytest.fixture(scope="session")

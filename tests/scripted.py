@@ -93,15 +93,16 @@ class Session:
 def generate(
     model: ScriptedModel,
     prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
+    sampling: Sampling | Sequence[Sampling],
     *,
     stacks: Sequence[Any] | None = None,
     max_batch: int = 16,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Completion]:
     done = []
-    for prompt in prompts:
-        pieces = stream(model, prompt, sampling)
+    samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
+    for prompt, each in zip(prompts, samplings, strict=True):
+        pieces = stream(model, prompt, each)
         try:
             while True:
                 next(pieces)

@@ -81,7 +81,7 @@ def test_a_score_with_its_interval_and_wrong_rows(run_eval: Eval, rows: Path) ->
     assert "35.2 to 64.8" in result.stdout  # Wilson, 20 of 40
     assert "line 1" in result.stdout
     assert "word 0?" in result.stdout
-    assert "line 1" not in run_eval("tiny", rows, "--samples", "0").stdout
+    assert "line 1" not in run_eval("tiny", rows, "--show", "0").stdout
 
 
 def test_json(run_eval: Eval, rows: Path) -> None:
@@ -138,8 +138,10 @@ def test_perplexity(run_eval: Eval, tmp_path: Path) -> None:
 
 def test_wrong_command_lines(run_eval: Eval, rows: Path, tmp_path: Path) -> None:
     for arguments, message in (
-        (["tiny"], "either ROWS or --perplexity"),
-        (["tiny", rows, "--perplexity", rows], "either ROWS or --perplexity"),
+        (["tiny"], "one of ROWS, --task NAME and --perplexity FILE"),
+        (["tiny", rows, "--perplexity", rows], "one of ROWS, --task NAME and --perplexity FILE"),
+        (["tiny", rows, "--task", "mbpp"], "one of ROWS, --task NAME and --perplexity FILE"),
+        (["tiny", rows, "--k", "1"], "--k needs --task"),
         (["tiny", rows, "--metric", "bleu"], "'bleu' is not one of"),
         (["tiny", rows, "--metric", "loss", "--max-tokens", "3"], "no meaning for --metric loss"),
         (["tiny", rows, "--map", "prompt"], "expected FIELD=COLUMN"),

@@ -184,6 +184,9 @@ def test_sampling_depends_on_its_seed_only(model: Model) -> None:
     assert [list(completion.tokens) for completion in generate(model, PROMPTS, sampling)] == alone
     other = Sampling(temperature=1.5, top_p=0.95, seed=12, max_tokens=12)
     assert [list(generate(model, [prompt], other)[0].tokens) for prompt in PROMPTS] != alone
+    mixed = [sampling, other] * len(PROMPTS)
+    apart = [list(generate(model, [prompt], each)[0].tokens) for prompt, each in zip(PROMPTS, mixed, strict=False)]
+    assert [list(completion.tokens) for completion in generate(model, PROMPTS, mixed[: len(PROMPTS)])] == apart
 
 
 def test_decoding_equals_scoring(model: Model) -> None:

@@ -175,7 +175,7 @@ def test_reports_for_people_programs_and_documents() -> None:
     results = {"base|x": before, "base+[bold]a": after}
     screen = io.StringIO()
     console = Console(file=screen, width=120, highlight=False)
-    report.print_results(console, results)
+    report.print_results(console, results.items())
     report.print_changes(console, c.changed[:2])
     report.print_misses(console, after, 3)
     text = screen.getvalue()
@@ -185,7 +185,7 @@ def test_reports_for_people_programs_and_documents() -> None:
     body = json.loads(report.to_json(results, c))
     assert body["results"]["base|x"]["score"] == 0.1
     assert body["comparison"]["gained"] == 9
-    markdown = report.to_markdown(results, c).splitlines()
+    markdown = report.to_markdown(results.items(), c).splitlines()
     assert markdown[2].startswith(r"| base\|x | exact | 10.0 % | 1.8 to 40.4 | 10 |")
     assert report.p_text(0.04) == "p = 0.04"
     assert report.p_text(1e-9) == "p < 0.0001"

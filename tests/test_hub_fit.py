@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nomoat.errors import ResourceError
 from nomoat.hub import fit
 from nomoat.hub.fit import Machine, estimate
 from nomoat.models.spec import LayerSpec, ModelSpec, RopeSpec
@@ -57,6 +58,47 @@ def test_recomputing_keeps_one_layer_and_the_inputs_of_the_others() -> None:
     assert least == one + 29 * 4 * 576
     single = spec(blocks=(LayerSpec(9, 3, 1536),))
     assert fit.activation_bytes_per_token(single) == fit.activation_bytes_per_token(single, recompute=True)
+
+
+def experts() -> ModelSpec:
+    """Two layers with 8 experts of width 128, of which 2 are used, behind one with an MLP of width 512."""
+    blocks = (LayerSpec(9, 3, 512), LayerSpec(9, 3, 128, experts=8), LayerSpec(9, 3, 128, experts=8))
+    return spec(blocks=blocks, experts_used=2)
+
+
+def test_of_experts_those_used_are_computed_and_all_are_stored() -> None:
+    attention = 2 * (576 * 576 + 192 * 576)
+    dense, expert, table = 3 * 512 * 576, 3 * 128 * 576, 49152 * 576
+    assert experts().parameters() == 3 * attention + dense + 2 * 8 * expert + table
+    assert experts().active_parameters() == 3 * attention + dense + 2 * 2 * expert + table
+    assert fit.train_flops_per_token(experts(), 0, length=0) == 4 * experts().active_parameters()
+    per_layer = 2 * (576 + 576) + 2 * (192 + 576)
+    assert fit.adapter_parameters(experts(), 16) == 16 * (3 * per_layer + 3 * (576 + 512))  # none on experts
+    kept = [2 * (2 * 576 + 2 * 576 + 2 * 192 + 3 * ffn) + 8 * 576 for ffn in (512, 2 * 128, 2 * 128)]
+    assert fit.activation_bytes_per_token(experts()) == sum(kept)
+    assert fit.activation_bytes_per_token(experts(), recompute=True) == kept[0] + 2 * 4 * 576
+    assert fit.weight_bytes(10**9) == estimate(experts(), 10**9, MACHINE).weights_bytes  # all have to be there
+    share = experts().active_parameters() / experts().parameters()
+    dense_speed = estimate(spec(), 10**9, MACHINE).decode_tokens_per_second
+    assert estimate(experts(), 10**9, MACHINE).decode_tokens_per_second == pytest.approx(dense_speed / share)
+
+
+@pytest.mark.parametrize("larger", [False, True])
+def test_weights_beyond_memory_are_refused_unless_asked_for(larger: bool) -> None:
+    assert fit.check_weights(10 * 10**9, MACHINE, larger_than_memory=larger) is None  # what is free is enough
+    slow = fit.check_weights(10 * 10**9 + 1, MACHINE, larger_than_memory=larger)
+    assert slow is not None
+    assert slow.startswith("the packed weights take 10.00 GB, and 10.00 GB of 16.00 GB of memory are free")
+    most = MACHINE.memory - (2 << 30)
+    assert fit.check_weights(most, MACHINE, larger_than_memory=larger)
+    if larger:
+        slow = fit.check_weights(most + 1, MACHINE, larger_than_memory=True)
+        assert slow is not None
+        assert "take 13.85 GB; this machine has 16.00 GB of memory, of which 2.15 GB are kept" in slow
+        return
+    with pytest.raises(ResourceError, match=r"13\.85 GB; this machine has 16\.00 GB .*--larger-than-memory") as fault:
+        fit.check_weights(most + 1, MACHINE)
+    assert fault.value.exit_code == 3
 
 
 def test_training_work_is_four_flops_a_weight() -> None:

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from golden.make_transformers_configs import FILE
+from nomoat.cli import main
 from nomoat.errors import InputError, ModelError
 from nomoat.files.gguf import open_gguf
+from nomoat.hub.describe import describe
 from nomoat.models import GGUF_ARCHITECTURES, HF_MODEL_TYPES, architecture, gguf_form, spec_from_gguf, spec_from_hf
 from nomoat.models.check import source_shapes
 from nomoat.models.spec import TARGETS, LayerSpec, ModelSpec, RopeSpec
@@ -343,6 +345,10 @@ def test_what_older_files_leave_out(tmp_path: Path) -> None:
     assert plain(spec.ropes) == plain(form.ropes)
     spec = read(write(tmp_path / "m.gguf", form, metadata | {"gemma3.attention.sliding_window": None}, {}))
     assert (spec.blocks, plain(spec.ropes)) == (blocks(*[0] * 7), plain(form.ropes[:1]))
+    form, metadata, _ = gguf_form(GOLDEN["qwen2_yarn"]["config"])
+    for key, magnitude in (("yarn_attn_factor", 1.5), ("attn_factor", 1.5 * form.ropes[0].magnitude)):
+        spec = read(write(tmp_path / "m.gguf", form, metadata | {f"qwen2.rope.scaling.{key}": 1.5}, {}))
+        assert spec.ropes[0].magnitude == pytest.approx(magnitude)
     form, metadata, _ = gguf_form(GOLDEN["granite"]["config"])
     left = {f"granite.{key}": None for key in ("attention.scale", "embedding_scale", "residual_scale")}
     spec = read(write(tmp_path / "m.gguf", form, metadata | left, {}))
@@ -373,3 +379,19 @@ def test_tables() -> None:
         for layer in dense:
             for target, module in modules.items():
                 assert spec.tensors[f"blk.{layer}.{target}"].names[0].endswith(f"layers.{layer}.{module}.weight")
+
+
+def test_show_explains_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def types(name: str) -> dict[str, Any]:
+        form, metadata, divisors = gguf_form(GOLDEN[name]["config"])
+        return describe(write(tmp_path / f"{name}.gguf", form, metadata, divisors)).types
+
+    assert types("mixtral") == {
+        "embedding": {"F32": 1}, "norms": {"F32": 5}, "head": {"F32": 1}, "attention": {"F32": 8}, "router": {"F32": 2},
+        "mlp": {"F32": 6},
+    }  # fmt: skip
+    assert types("starcoder2")["biases"] == {"F32": 2 * 8 + 1}
+    write(tmp_path / "gemma2.gguf", *gguf_form(GOLDEN["gemma2"]["config"]))
+    for name, text in (("mixtral", "vocabulary 64, 4 experts of which 2 are used"), ("gemma2", "windows of 16 tokens")):
+        main(["show", str(tmp_path / f"{name}.gguf")])
+        assert text in " ".join(capsys.readouterr().out.split())

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from golden.make_transformers_llama import FILE, MODELS
-from nomoat.errors import ModelError
+from nomoat.engine.model import Model
+from nomoat.errors import InputError, ModelError
 from nomoat.files.gguf import open_gguf
 from nomoat.models import rope, spec_from_gguf, spec_from_hf
 from nomoat.models.fields import Fields
@@ -98,3 +99,16 @@ def test_interleaved_rows_is_the_permutation_of_the_converter() -> None:
     np.testing.assert_array_equal(gguf, interleave(hf, heads=3))
     np.testing.assert_array_equal(gguf[np.argsort(order)], hf)
     assert order[:8].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+
+
+def test_context_that_a_model_is_loaded_with(tmp_path: Path) -> None:
+    pairs = 16 // 2
+    factors = {"short_factor": [1.0] * pairs, "long_factor": [4.0] * pairs}
+    scaling = {"rope_type": "longrope", "original_max_position_embeddings": 64, **factors}
+    folder = tiny_hf(tmp_path / "hf", config={"rope_scaling": scaling})
+    short, long = Model.load(folder), Model.load(folder, context=256)
+    assert (short.spec.context, long.spec.context) == (64, 256)
+    np.testing.assert_allclose(short.spec.ropes[0].inv_freq / long.spec.ropes[0].inv_freq, 4.0, rtol=RELATIVE)
+    assert np.abs(short.logits([1, 5, 9]) - long.logits([1, 5, 9])).max() > 1e-3
+    with pytest.raises(InputError, match="exceed the model's context of 64"):
+        short.logits([1] * 65)

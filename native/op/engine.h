@@ -89,6 +89,7 @@ class KvCache {
 struct LayerTape {
   Buffer x, q, k, v, mixed, lse, middle, gate, up;  // q and k: rotated and scaled; before their norms where they have norms
   Buffer attn_branch, mlp_branch;                   // before their post-norms
+  Buffer routing, chosen;                           // of experts: op/moe.cc; gate and up then have a row for each pair
   std::array<Buffer, kTargets> u;                   // rank-r intermediates, float32
 };
 
@@ -157,7 +158,7 @@ struct Engine {
   // scratch, grown on demand; names say who uses them
   Buffer normed, normed_low, blocks, q8, q, k, v, attn_q, attn_k, attn_v, mixed, mixed_flat, gate, up, act, act_low, u, du,
       logits, lse, dy_low, dx, dgate, dup, dmixed, dq, dk, dv, head_x, head_dx, x_wide, shared, turned_q, turned_k, branch,
-      d_branch;
+      d_branch, routing, chosen, pair_x, pair_low, pair_q, pair_blocks, pair_out, d_routing;
   std::array<Buffer, kTargets> target_u;
   std::vector<Buffer> thread_scratch = std::vector<Buffer>(256);
 };
@@ -197,6 +198,7 @@ struct LinearJob {
   bool add;                     // y += instead of y =
   Buffer* u;                    // where the tape keeps the rank-r intermediate; null = scratch
   const float* bias = nullptr;  // [rows of w, padded to 32]; null = none
+  int row = 0, rows = 0;        // rows of x that it takes and where they begin; 0 = all. Only without adapters and bias
 };
 
 // y = W x + adapters + bias, for jobs that share their input. Columns of y beyond the rows of W become zero.
@@ -259,6 +261,9 @@ void attention_forward(Engine&, int layer, Mode, float* x, const Batch&, const K
 void attention_backward(Engine&, int layer, Mode, float* dx, const Batch&, const LayerTape&, bool need_dx);
 void mlp_forward(Engine&, int layer, Mode, float* x, const Batch&, LayerTape*);
 void mlp_backward(Engine&, int layer, Mode, float* dx, const Batch&, const LayerTape&);
+// in place of the two above where a layer has experts
+void moe_forward(Engine&, int layer, Mode, float* x, const Batch&, LayerTape*);
+void moe_backward(Engine&, int layer, Mode, float* dx, const Batch&, const LayerTape&);
 
 void embed_rows(Engine&, const int32_t* tokens, int rows, float* x);
 // logits[i, :] = head(norm(x[rows[i]])), float32 [count][vocab padded to 32]

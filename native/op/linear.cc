@@ -107,6 +107,18 @@ void project_rows(const T* a, int lda, int rows, const float* s, int ld, int wid
 
 // ---- forward ----------------------------------------------------------------------------------------------------------
 
+// The rows of x that a job takes.
+Activations input_of(const LinearJob& job, Activations x) {
+  if (!job.rows) return x;
+  const size_t at = size_t(job.row) * size_t(x.cols);
+  x.rows = job.rows;
+  if (x.f32) x.f32 += at;
+  if (x.low) x.low += at;
+  if (x.q) x.q += at * size_t(x.digits);
+  if (x.blocks) x.blocks += at / kTileCols;
+  return x;
+}
+
 void linear_int8(const Activations& x, const LinearJob* jobs, int count) {
   int strips = 0;
   for (int j = 0; j < count; j++) strips += jobs[j].w->strips();
@@ -117,11 +129,12 @@ void linear_int8(const Activations& x, const LinearJob* jobs, int count) {
       const LinearJob& job = jobs[j];
       const int own = job.w->strips(), begin = first < 0 ? 0 : first, end = last < own ? last : own;
       if (begin < end) {
-        if (job.w->format == Format::F32 || job.w->format == Format::F16 || job.w->format == Format::BF16)
-          kernels().gemm_float(*job.w, begin, end, x.f32, x.cols, x.rows, job.y, job.ldy, job.add);
+        const Activations in = input_of(job, x);
+        if (job.w->floating())
+          kernels().gemm_float(*job.w, begin, end, in.f32, in.cols, in.rows, job.y, job.ldy, job.add);
         else
-          kernels().gemm_i8(*job.w, begin, end, x.digits, x.q, x.blocks, x.rows, job.y, job.ldy, job.add);
-        if (end == own && !job.add) clear_padding(job.y, x.rows, own * kStripRows, job.ldy);
+          kernels().gemm_i8(*job.w, begin, end, in.digits, in.q, in.blocks, in.rows, job.y, job.ldy, job.add);
+        if (end == own && !job.add) clear_padding(job.y, in.rows, own * kStripRows, job.ldy);
       }
       first = first - own < 0 ? 0 : first - own;
       last -= own;
@@ -173,13 +186,14 @@ void linear_panels(Engine& engine, const Activations& x, const LinearJob* jobs, 
   parallel_for(int(tiles.size()), [&](int task, int thread) {
     const LinearJob& job = jobs[tiles[task].job];
     const int column = tiles[task].column, rank = ranks[tiles[task].job], depth = job.w->tiles() * kTileCols;
+    const Activations in = input_of(job, x);
     const size_t panel_floats = size_t(kPanelDepth > rank ? kPanelDepth : round_up(rank, 16)) * kPanelCols;
-    float* c = engine.thread_scratch[thread].get<float>(panel_floats + size_t(x.rows) * kPanelCols);
-    T* panel = reinterpret_cast<T*>(c + size_t(x.rows) * kPanelCols);
+    float* c = engine.thread_scratch[thread].get<float>(panel_floats + size_t(in.rows) * kPanelCols);
+    T* panel = reinterpret_cast<T*>(c + size_t(in.rows) * kPanelCols);
     for (int from = 0; from < depth; from += kPanelDepth) {
       const int steps = depth - from < kPanelDepth ? depth - from : kPanelDepth;
       Ops<T>::panel(*job.w, false, column, from, steps, panel);
-      Ops<T>::gemm(Ops<T>::of(x) + from, x.cols, x.rows, panel, steps, c, from > 0);
+      Ops<T>::gemm(Ops<T>::of(in) + from, in.cols, in.rows, panel, steps, c, from > 0);
     }
     if (rank) {
       float* plain = reinterpret_cast<float*>(panel);
@@ -190,7 +204,7 @@ void linear_panels(Engine& engine, const Activations& x, const LinearJob* jobs, 
       });
     }
     const int width = job.ldy - column < kPanelCols ? job.ldy - column : kPanelCols;
-    for (int m = 0; m < x.rows; m++) {
+    for (int m = 0; m < in.rows; m++) {
       float* y = job.y + size_t(m) * job.ldy + column;
       const float* own = c + size_t(m) * kPanelCols;
       if (job.add)
@@ -198,6 +212,7 @@ void linear_panels(Engine& engine, const Activations& x, const LinearJob* jobs, 
       else
         std::memcpy(y, own, size_t(width) * sizeof(float));
     }
+    if (!job.add && column + kPanelCols >= job.w->rows) clear_padding(job.y, in.rows, column + width, job.ldy);
   });
 }
 
@@ -279,6 +294,7 @@ void backward_panels(Engine& engine, const Activations& x, const LinearBackwardJ
     const int used = ldx - column < kPanelCols ? ldx - column : kPanelCols;
     for (int m = 0; m < x.rows; m++)
       std::memcpy(dx + size_t(m) * ldx + column, c + size_t(m) * kPanelCols, size_t(used) * sizeof(float));
+    if (task == tiles - 1) clear_padding(dx, x.rows, column + used, ldx);
   });
 }
 

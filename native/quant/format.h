@@ -49,6 +49,7 @@ struct Matrix {
 
   int strips() const { return (rows + kStripRows - 1) / kStripRows; }
   int tiles() const { return (cols + kTileCols - 1) / kTileCols; }
+  bool floating() const { return format == Format::F32 || format == Format::F16 || format == Format::BF16; }
   const uint8_t* strip(int index) const { return data + size_t(index) * strip_bytes; }
 };
 

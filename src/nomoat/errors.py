@@ -10,7 +10,8 @@
     |  `- NotFoundError             a name that resolves to nothing
     |- ResourceError            3   it cannot fit: memory, disk
     |- NetworkError             4   a download failed, or `--offline` forbids it
-    `- NonFiniteError           5   NaN or infinity where a number is needed
+    |- NonFiniteError           5   NaN or infinity where a number is needed
+    `- SandboxError             6   nothing here can hold code that a model wrote: it was not run
 
 `code` is a short stable word for scripts (`E_MAGIC`, `E_TRUNCATED`, ...); the message says what failed,
 the value seen, what was expected, and what to do next.
@@ -123,6 +124,15 @@ class NonFiniteError(NomoatError):
     exit_code = 5
 
     def __init__(self, message: str, *, code: str = "E_NONFINITE") -> None:
+        super().__init__(message, code=code)
+
+
+class SandboxError(NomoatError):
+    """Code that a model wrote has to be run, and this machine has no sandbox that keeps its promises. It was not run."""
+
+    exit_code = 6
+
+    def __init__(self, message: str, *, code: str = "E_SANDBOX") -> None:
         super().__init__(message, code=code)
 
 

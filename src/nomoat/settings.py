@@ -52,6 +52,11 @@ def runs_dir() -> Path:
     return data_dir() / "runs"
 
 
+def benchmarks_dir() -> Path:
+    """Public benchmarks, put there by the user: nomoat neither ships nor downloads them."""
+    return data_dir() / "benchmarks"
+
+
 def history_file() -> Path:
     """What was typed into `nomoat run`; readable by its owner only."""
     return data_dir() / "history"

@@ -22,6 +22,7 @@ from hostile.gguf_bytes import (
     Tensor,
     Value,
     key,
+    llama_keys,
     model,
 )
 
@@ -97,6 +98,13 @@ def _numbers() -> Iterator[Case]:
         yield case("G22", f"rope-{value}", good.with_key("llama.rope.dimension_count", U32, value).build(), "E_ARCH")
     for value in (1, 10**6):
         yield case("G23", f"experts-{value}", good.with_key("llama.expert_count", U32, value).build(), "E_ARCH", "E_LIMIT")
+    crowd = good.with_key("llama.expert_count", U32, 1024).with_key("llama.expert_used_count", U32, 2)
+    yield case("G23", "experts-of-1024-layers", crowd.with_key("llama.block_count", U32, 1024).build(), "E_LIMIT")
+    yield case("G23", "more-experts-used-than-there-are", crowd.with_key("llama.expert_used_count", U32, 1025).build(), "E_LIMIT")
+    yield case("G24", "experts-as-array", crowd.with_key("llama.expert_count", ARRAY, [8]).build(), "E_TYPE")
+    for count in (0, 2, 10**6):
+        heads = good.with_key("llama.attention.head_count", ARRAY, [2] * count)
+        yield case("G24", f"heads-of-{count}-layers", heads.build(), "E_SHAPE")
     yield case("G23", "vocab-2^32-1", good.with_key("llama.vocab_size", U32, 2**32 - 1).build(), "E_LIMIT")
     for name in ("attention.layer_norm_rms_epsilon", "rope.freq_base"):
         for text, number in {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}.items():
@@ -128,6 +136,10 @@ def _tensors() -> Iterator[Case]:
     for name, codes in {"attn_q": (), "ffn_down": (), "attn_norm": ("E_ARCH",), "unknown": ("E_ARCH",)}.items():
         bias = replace(good, tensors=(*good.tensors, Tensor(f"blk.0.{name}.bias", (32,))))
         yield case("G40", f"bias-of-{name}", bias.build(), *codes)
+    first = tuple(Tensor(f"blk.{i}.ffn_{part}.0.weight", (8,)) for i in range(32) for part in ("gate", "up", "down"))
+    keys = {"block_count": 32, "expert_count": 1024, "expert_used_count": 2}
+    crowd = replace(good, tensors=(*good.tensors, *first), keys=good.keys | llama_keys(**keys))
+    yield case("G40", "first-experts-of-32-layers", crowd.build(), "E_ARCH")
     for name, count in {"one-more": 2, "1024": 1024}.items():
         yield case("G40", f"layers-{name}", good.with_key("llama.block_count", U32, count).build(), "E_ARCH")
 

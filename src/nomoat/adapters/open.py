@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from nomoat.adapters.stack import open_stack, parse_model_name
@@ -13,17 +14,33 @@ if TYPE_CHECKING:
     from nomoat.engine.stack import Stack
 
 
-def open_model(name: str, *, download: bool = False, threads: int | None = None) -> tuple[Model, Stack | None]:
+def open_model(
+    name: str,
+    *,
+    download: bool = False,
+    threads: int | None = None,
+    larger_than_memory: bool = False,
+    tell: Callable[[str], None] | None = None,
+) -> tuple[Model, Stack | None]:
     """Load the base of `name` and the adapters behind it; None where it names none. `download` as in `hub.names.resolve`.
 
-    Names are checked before weights are read. Raises NotFoundError, FileFormatError, ModelError, AdapterError, InputError.
+    Names and memory are checked before weights are read; `tell` gets a sentence where weights will be slow for lack of memory.
+    Raises NotFoundError, FileFormatError, ModelError, AdapterError, InputError; ResourceError where the weights exceed this
+    machine's memory, unless `larger_than_memory` accepts it.
     """
     from nomoat.engine.model import Model
+    from nomoat.hub.fit import check_weights, this_memory
 
     base, adapters = parse_model_name(name)
     for adapter, _ in adapters:
         resolve_adapter(adapter)
-    model = Model.load(resolve(base, download=download), threads=threads)
+
+    def admit(packed_bytes: int) -> None:
+        slow = check_weights(packed_bytes, this_memory(), larger_than_memory=larger_than_memory)
+        if slow and tell:
+            tell(slow)
+
+    model = Model.load(resolve(base, download=download), threads=threads, admit=admit)
     return model, stack_for(model, name)
 
 

@@ -1,4 +1,4 @@
-"""`nomoat eval`: score a model on rows of your own, compare two, or measure perplexity."""
+"""`nomoat eval`: score a model on rows of your own or on a benchmark, compare two, or measure perplexity."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nomoat.cli.eval_task import check_task_options, score_task, task_options
+from nomoat.cli.memory import larger_than_memory, say
 from nomoat.errors import InputError, printable
 
 if TYPE_CHECKING:
@@ -38,16 +40,17 @@ METRICS = (
 @click.option("--metric", type=click.Choice(METRICS), default="exact", show_default=True, help="How an answer is graded.")
 @click.option("--against", metavar="MODEL2", help="Score this model on the same rows too, and say whether MODEL is better.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Only N rows, drawn at random with a fixed seed.")
-@click.option("--max-tokens", type=click.IntRange(1), help="Longest answer. [default: follows from the longest reference]")
+@click.option(
+    "--max-tokens", type=click.IntRange(1), help="Longest answer. [default: follows from the longest reference; 512 for a task]"
+)
 @click.option("--batch", type=click.IntRange(1, 256), default=16, show_default=True, help="Rows answered at once.")
 @click.option("--format", "layout", help="Layout of ROWS, instead of detecting it.")
 @click.option(
     "--map", "mapping", multiple=True, metavar="FIELD=COLUMN", help="Name the columns of ROWS, for example prompt=question."
 )
 @click.option("--output", type=click.Path(path_type=Path), help="Write every row with its answer and score to this .jsonl file.")
-@click.option(
-    "--samples", type=click.IntRange(0), default=3, show_default=True, help="Rows to show: wrong ones, or changed ones."
-)
+@click.option("--show", type=click.IntRange(0), default=3, show_default=True, help="Rows to show: wrong ones, or changed ones.")
+@larger_than_memory
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--markdown", is_flag=True, help="Print a Markdown table.")
 @click.option(
@@ -55,6 +58,7 @@ METRICS = (
 )
 @click.option("--context", type=click.IntRange(4), default=512, show_default=True, help="Perplexity: tokens in a window.")
 @click.option("--stride", type=click.IntRange(1), help="Perplexity: windows every N tokens; every token counts once.")
+@task_options
 def command(
     model: str,
     rows: Path | None,
@@ -66,14 +70,17 @@ def command(
     layout: str | None,
     mapping: tuple[str, ...],
     output: Path | None,
-    samples: int,
+    show: int,
+    larger_than_memory: bool,
     as_json: bool,
     markdown: bool,
     text: Path | None,
     context: int,
     stride: int | None,
+    task: str | None,
+    **of_task: Any,
 ) -> None:
-    """Score MODEL on ROWS, a file of examples that carry their answers.
+    """Score MODEL on ROWS, a file of examples that carry their answers, or on a benchmark of programming problems.
 
     The last assistant message of a row is the reference; the model gets what comes before it.
 
@@ -84,12 +91,17 @@ def command(
 
     \b
     nomoat eval smollm2:135m+tickets test.jsonl --metric json --against smollm2:135m
+    nomoat eval smollm2:135m --task humaneval
     nomoat eval smollm2:135m --perplexity wiki.txt
     """
-    if (rows is None) == (text is None):
-        raise click.UsageError("give either ROWS or --perplexity FILE")
+    if sum(given is not None for given in (rows, task, text)) != 1:
+        raise click.UsageError("give one of ROWS, --task NAME and --perplexity FILE")
+    check_task_options(click.get_current_context())
+    if task is not None:
+        score_task(task, model, against, limit, max_tokens, batch, output, show, larger_than_memory, as_json, markdown, **of_task)
+        return
     if text is not None:
-        _perplexity(model, text, context, stride, limit, as_json)
+        _perplexity(model, text, context, stride, limit, larger_than_memory, as_json)
         return
     assert rows is not None
     from nomoat.data.readers import read_examples
@@ -101,15 +113,15 @@ def command(
     if max_tokens is not None and metric == "loss":
         raise click.UsageError("--max-tokens has no meaning for --metric loss: nothing is generated")
     results: dict[str, Result] = {}
-    for name, opened, stack in _open_all([model] if against is None else [against, model]):
+    for name, opened, stack in open_all([model] if against is None else [against, model], larger_than_memory):
         results[name] = _evaluate(name, opened, stack, chosen, metric, max_tokens, batch)
     if output is not None:
         _write(output, results, model)
     comparison = None if against is None else compare(results[against], results[model])
-    _report(results, comparison, samples, as_json, markdown)
+    _report(results, comparison, show, as_json, markdown)
 
 
-def _open_all(names: list[str]) -> Iterator[tuple[str, Model, Stack | None]]:
+def open_all(names: list[str], larger_than_memory: bool) -> Iterator[tuple[str, Model, Stack | None]]:
     """Each model in turn; one that shares its base with the one before is not loaded again."""
     from nomoat.adapters.open import open_model, stack_for
     from nomoat.adapters.stack import parse_model_name
@@ -124,7 +136,8 @@ def _open_all(names: list[str]) -> Iterator[tuple[str, Model, Stack | None]]:
         if model is not None and parse_model_name(name)[0] == base:
             yield name, model, stack_for(model, name)
             continue
-        base, (model, stack) = parse_model_name(name)[0], open_model(name)
+        base = parse_model_name(name)[0]
+        model, stack = open_model(name, larger_than_memory=larger_than_memory, tell=say)
         yield name, model, stack
 
 
@@ -149,27 +162,29 @@ def _write(output: Path, results: dict[str, Result], model: str) -> None:
         write_records(output if name == model else output.with_suffix(f".against{output.suffix}"), result.records)
 
 
-def _report(results: dict[str, Result], comparison: Any, samples: int, as_json: bool, markdown: bool) -> None:
+def _report(results: dict[str, Result], comparison: Any, show: int, as_json: bool, markdown: bool) -> None:
     from nomoat.evals import report
 
     if as_json:
         click.echo(report.to_json(results, comparison))
         return
     if markdown:
-        click.echo(report.to_markdown(results, comparison), nl=False)
+        click.echo(report.to_markdown(results.items(), comparison), nl=False)
         return
     from rich.console import Console
 
     console = Console(highlight=False)
-    report.print_results(console, results)
+    report.print_results(console, results.items())
     if comparison is not None:
         console.print(f"\n{report.verdict_line(comparison)}", soft_wrap=True)
-        report.print_changes(console, comparison.changed[:samples])
+        report.print_changes(console, comparison.changed[:show])
     else:
-        report.print_misses(console, next(iter(results.values())), samples)
+        report.print_misses(console, next(iter(results.values())), show)
 
 
-def _perplexity(model: str, file: Path, context: int, stride: int | None, limit: int | None, as_json: bool) -> None:
+def _perplexity(
+    model: str, file: Path, context: int, stride: int | None, limit: int | None, larger_than_memory: bool, as_json: bool
+) -> None:
     from dataclasses import asdict
 
     from nomoat.adapters.open import open_model
@@ -184,7 +199,7 @@ def _perplexity(model: str, file: Path, context: int, stride: int | None, limit:
     except UnicodeDecodeError as fault:
         raise InputError(f"{printable(str(file))} is not UTF-8 text (byte {fault.start:,})", code="E_UTF8") from None
     fetch_missing(model)
-    opened, stack = open_model(model)
+    opened, stack = open_model(model, larger_than_memory=larger_than_memory, tell=say)
     convention = "llama.cpp" if stride is None else "strided"
     with progress_bar(model) as progress:
         result = perplexity(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nomoat.cli.memory import larger_than_memory, say
 from nomoat.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ MAX_STDIN = 16 << 20
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Same seed, same answer. [default: a new one each time]")
 @click.option("--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Longest answer.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated.")
+@larger_than_memory
 @click.option("--stats", is_flag=True, help="Show tokens per second (one prompt: on stderr).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with text, tokens and timings.")
 def command(
@@ -51,6 +53,7 @@ def command(
     seed: int | None,
     max_tokens: int,
     stop: tuple[str, ...],
+    larger_than_memory: bool,
     stats: bool,
     as_json: bool,
 ) -> None:
@@ -74,7 +77,7 @@ def command(
     from nomoat.engine.generate import Sampling
 
     fetch_missing(model)
-    opened, stack = open_model(model)
+    opened, stack = open_model(model, larger_than_memory=larger_than_memory, tell=say)
     if temperature is None:
         temperature = 0.7 if stack is None else 0.0
     if seed is None:

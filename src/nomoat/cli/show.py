@@ -80,9 +80,13 @@ def _lines(model: str, found: Description, licence: str, fit: Fit | None) -> lis
 def _dimensions(found: Description) -> str:
     spec = found.spec
     assert spec is not None
+    experts = max(block.experts for block in spec.blocks)
+    windows = sorted({block.window for block in spec.blocks if block.window})
     return (
         f"{spec.layers} layers, width {spec.width:,}, {spec.heads} heads ({spec.kv_heads} for keys and values), "
         f"ffn {spec.ffn:,}, vocabulary {spec.vocab:,}"
+        + (f", {experts:,} experts of which {spec.experts_used:,} are used" if experts else "")
+        + (f", windows of {' and '.join(f'{window:,}' for window in windows)} tokens" if windows else "")
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nomoat.cli.memory import larger_than_memory
 from nomoat.errors import printable
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ METRICS = ("exact", "json", "contains", "numeric", "rouge", "loss", "none")  # a
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint; the result is that of an uninterrupted run.")
 @click.option("--allow", multiple=True, metavar="NAME", help="With --resume: may differ from before (version, cpu).")
 @click.option("--overwrite", is_flag=True, help="Replace an adapter or an unfinished run of this name.")
+@larger_than_memory
 @click.option("--dry-run", is_flag=True, help="Inspect and plan only.")
 @click.option("--yes", is_flag=True, help="Do not ask before starting.")
 @click.option("--json", "as_json", is_flag=True, help="Print events as lines of JSON.")

@@ -180,7 +180,7 @@ class _Answer:
 def generate(
     model: Model,
     prompts: SequenceOf[SequenceOf[int]],
-    sampling: Sampling,
+    sampling: Sampling | SequenceOf[Sampling],
     *,
     stacks: SequenceOf[Stack | None] | None = None,
     max_batch: int = 16,
@@ -188,11 +188,13 @@ def generate(
 ) -> list[Completion]:
     """Answers every prompt; up to `max_batch` are in flight, each with its own adapters. `progress(done, total)`.
 
+    `sampling` is one for all, or one for each prompt: with the same seed, places in different answers draw the same number.
     Raises InputError for an empty prompt or one that fills the context, NonFiniteError for a model that computes NaN.
     """
+    samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
     answers = [
-        _Answer(model, list(prompt), sampling, stack)
-        for prompt, stack in zip(prompts, stacks or itertools.repeat(None), strict=stacks is not None)
+        _Answer(model, list(prompt), each, stack)
+        for prompt, each, stack in zip(prompts, samplings, stacks or [None] * len(prompts), strict=True)
     ]
     waiting = iter(answers)
     active: list[_Answer] = []

@@ -75,18 +75,20 @@ class Model:
         quantize: str = "Q8_0",
         context: int | None = None,
         progress: Callable[[int, int], None] | None = None,
+        admit: Callable[[int], None] | None = None,
     ) -> Model:
         """Opens a GGUF file or a Hugging Face folder (quantized to `quantize`: Q8_0, Q4_K, none).
 
-        `context` is how many tokens it will run with, by default all that it was trained for; see `spec_from_gguf`.
+        `context` is how many tokens it will run with, by default all that it was trained for; see `spec_from_gguf`. `admit` is
+        asked with the bytes of the packed weights before they are read.
 
-        Raises ModelError, FileFormatError, NotFoundError, ResourceError.
+        Raises ModelError, FileFormatError, NotFoundError, ResourceError, and what `admit` raises.
         """
         path = Path(path)
         _configure(threads)
         with _no_collection():
             spec = read_spec(path, context=context)
-            weights = load_weights(path, spec, quantize=quantize, progress=progress)
+            weights = load_weights(path, spec, quantize=quantize, progress=progress, admit=admit)
             if path.is_dir():
                 tokenizer = Tokenizer.from_folder(path)
                 return cls(path, spec, weights, tokenizer, template_for(path, tokenizer))

@@ -43,6 +43,8 @@ FOLDER_TYPES = ("Q8_0", "Q4_K", "none")
 _HF_TYPES = {"F32": GgmlType.F32, "F16": GgmlType.F16, "BF16": GgmlType.BF16}
 
 Progress = Callable[[int, int], None]
+#: Asked with the bytes of all packed weights before any is read or written; raises what speaks against it.
+Admit = Callable[[int], None]
 #: (format, rows, cols, first byte, bytes) of one tensor in a pack
 _Slot = tuple[int, int, int, int, int]
 
@@ -77,10 +79,12 @@ def read_spec(path: Path, *, context: int | None = None) -> ModelSpec:
         return spec_from_gguf(gguf, context=context)
 
 
-def load_weights(path: Path, spec: ModelSpec, *, quantize: str = "Q8_0", progress: Progress | None = None) -> Weights:
+def load_weights(
+    path: Path, spec: ModelSpec, *, quantize: str = "Q8_0", progress: Progress | None = None, admit: Admit | None = None
+) -> Weights:
     """Packed weights of a model, from the cache if it holds them. `progress(done, total)` counts source bytes.
 
-    Raises InputError for an unknown `quantize`, ResourceError when the disk is full.
+    Raises InputError for an unknown `quantize`, ResourceError when the disk is full, and what `admit` raises.
     """
     if quantize not in FOLDER_TYPES:
         raise InputError(f"quantize = {quantize!r}; expected one of {', '.join(FOLDER_TYPES)}")
@@ -89,11 +93,11 @@ def load_weights(path: Path, spec: ModelSpec, *, quantize: str = "Q8_0", progres
     wanted = {"layout": LAYOUT, "sources": stamp, "quantize": quantize if path.is_dir() else "none"}
     key = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:32]
     cache = settings.cache_dir() / "packed" / f"{key}.pack"
-    found = _open_cache(cache, wanted)
+    found = _open_cache(cache, wanted, admit)
     if found is None:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(cache) as out:
-            _build(path, spec, wanted, sources, out, progress)
+            _build(path, spec, wanted, sources, out, progress, admit)
         found = _open_cache(cache, wanted)
         if found is None:
             raise NomoatError(f"{cache}: the packed weights do not match what was just written; is the disk failing?")
@@ -111,7 +115,7 @@ def _sources(path: Path) -> list[Path]:
 # ---- cache file --------------------------------------------------------------------------------------------------------
 
 
-def _open_cache(path: Path, wanted: dict[str, Any]) -> Weights | None:
+def _open_cache(path: Path, wanted: dict[str, Any], admit: Admit | None = None) -> Weights | None:
     """The cached weights, or None if there are none for `wanted` or they are damaged."""
     try:
         with path.open("rb") as file:
@@ -125,6 +129,8 @@ def _open_cache(path: Path, wanted: dict[str, Any]) -> Weights | None:
             header = json.loads(file.read(length))
             if {name: header.get(name) for name in wanted} != wanted or header.get("size") != size:
                 return None
+            if admit:
+                admit(size)
             view = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
         tensors = {}
         for name, (format, rows, cols, begin, nbytes, checksum) in header["tensors"].items():
@@ -138,7 +144,13 @@ def _open_cache(path: Path, wanted: dict[str, Any]) -> Weights | None:
 
 
 def _build(
-    path: Path, spec: ModelSpec, wanted: dict[str, Any], sources: list[Path], out: IO[bytes], progress: Progress | None
+    path: Path,
+    spec: ModelSpec,
+    wanted: dict[str, Any],
+    sources: list[Path],
+    out: IO[bytes],
+    progress: Progress | None,
+    admit: Admit | None,
 ) -> None:
     """Writes a pack: tensors are streamed one by one, so that the peak is one tensor above the result."""
     plan: dict[str, _Slot] = {}
@@ -149,6 +161,8 @@ def _build(
         nbytes = _native.packed_bytes(format, rows, cols) if rows else -(-cols // 32) * 128
         plan[name] = (format, rows, cols, begin, nbytes)
         begin += -(-nbytes // 64) * 64
+    if admit:
+        admit(begin)
     out.truncate(begin)
     done, total = 0, sum(slot[4] for slot in plan.values())
     table: dict[str, tuple[int, ...]] = {}
@@ -191,7 +205,9 @@ def _shapes(path: Path, spec: ModelSpec, quantize: str) -> Iterator[tuple[str, i
                     f"{spec.name}: experts of {shape[1]:,} rows; nomoat needs a multiple of {EXPERT_ROWS}", code="E_SHAPE"
                 )
             stored = _stored_type(file, source.names[0])
-            format = _folder_type(stored, shape, quantize) if path.is_dir() else stored
+            # a router is small, and rounding it would send rows to other experts
+            as_stored = not path.is_dir() or name.endswith(".router")
+            format = stored if as_stored else _folder_type(stored, shape, quantize)
             yield name, format, math.prod(shape[:-1]) if len(shape) > 1 else 0, shape[-1]
 
 

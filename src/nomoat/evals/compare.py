@@ -7,7 +7,7 @@ from typing import Any
 
 from nomoat.errors import InputError
 from nomoat.evals.intervals import bootstrap, mcnemar, newcombe_paired, sign_flip
-from nomoat.evals.metrics import METRICS
+from nomoat.evals.metrics import rule_of
 from nomoat.evals.run import Record, Result
 
 
@@ -33,7 +33,7 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """better, worse, or unclear: whether the interval of the difference leaves out zero, and on which side."""
-        sign = 1 if METRICS[self.metric].higher_is_better else -1
+        sign = 1 if rule_of(self.metric).higher_is_better else -1
         if self.low <= 0 <= self.high:
             return "unclear"
         return "better" if sign * self.difference > 0 else "worse"
@@ -56,15 +56,15 @@ def compare(before: Result, after: Result) -> Comparison:
     same = before.n == after.n and all(b.line == a.line and b.prompt == a.prompt for b, a in pairs)
     if not same:
         raise InputError(f"different rows were evaluated ({before.n} before, {after.n} after): use the same file and limit")
-    sign = 1 if METRICS[before.metric].higher_is_better else -1
+    sign = 1 if rule_of(before.metric).higher_is_better else -1
     steps = [sign * (a.score - b.score) for b, a in pairs]
     gained, lost = sum(s > 0 for s in steps), sum(s < 0 for s in steps)
-    if METRICS[before.metric].binary:
+    if rule_of(before.metric).binary:
         both = sum(b.score == a.score == 1.0 for b, a in pairs)
         low, high = newcombe_paired(both, gained, lost, len(pairs) - both - gained - lost)
         p_value = mcnemar(gained, lost)
     else:
-        weights = [b.tokens for b, _ in pairs] if METRICS[before.metric].grade is None else [1.0] * len(pairs)
+        weights = [b.tokens for b, _ in pairs] if rule_of(before.metric).per_token else [1.0] * len(pairs)
         raw = [a.score - b.score for b, a in pairs]
         low, high = bootstrap(raw, weights)
         p_value = sign_flip([d * w for d, w in zip(raw, weights, strict=True)])

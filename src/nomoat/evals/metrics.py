@@ -1,6 +1,7 @@
 """How an answer is graded: one function per metric, (got, expected) -> score from 0 to 1, and the table of them.
 
-Nothing here knows about models. `loss` has no function: it is computed from log-probabilities by `evals.run`.
+Nothing here knows about models. `loss` has no function: it is computed from log-probabilities by `evals.run`; nor has `pass@k`,
+which comes from running answers (`evals.tasks`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ Score = Callable[[str, str], float]
 
 @dataclass(frozen=True)
 class Metric:
-    """`grade` is None for metrics that need log-probabilities. `binary` scores are 0 or 1. `partial` is a second, softer view."""
+    """`grade` is None where no text is compared. `binary` scores are 0 or 1. `partial` is a second, softer view.
+
+    `per_token` scores are nats per token: rows weigh by their tokens. All others are shares, from 0 to 1.
+    """
 
     meaning: str
     grade: Score | None
@@ -25,6 +29,7 @@ class Metric:
     higher_is_better: bool = True
     partial: Score | None = None
     partial_meaning: str = ""
+    per_token: bool = False
 
 
 def exact(got: str, expected: str) -> float:
@@ -97,8 +102,23 @@ METRICS: dict[str, Metric] = {
     "contains": Metric("answers that contain the reference", contains),
     "numeric": Metric("answers whose last number is the reference's", numeric),
     "rouge": Metric("ROUGE-L F1 against the reference", rouge_l, binary=False),
-    "loss": Metric("negative log-probability of the reference, nats per token", None, binary=False, higher_is_better=False),
+    "loss": Metric(
+        "negative log-probability of the reference, nats per token",
+        None,
+        binary=False,
+        higher_is_better=False,
+        per_token=True,
+    ),
 }
+_PASSED = Metric("problems whose one answer passes the tests", None)
+_PASS_AT_K = Metric("chance that one of k answers passes the tests", None, binary=False)
+
+
+def rule_of(name: str) -> Metric:
+    """The rule behind a result's `metric`: a row of METRICS, or `pass@1` (one answer each) and `pass@K of N` of `evals.tasks`."""
+    if name.startswith("pass@"):
+        return _PASSED if name == "pass@1" else _PASS_AT_K
+    return METRICS[name]
 
 
 def _squeeze(text: str) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from nomoat.evals.compare import Comparison
-from nomoat.evals.metrics import METRICS
+from nomoat.evals.metrics import rule_of
 from nomoat.evals.run import Record, Result
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ SAMPLE_WIDTH = 240
 def figure(metric: str, value: float, signed: bool = False) -> str:
     """A score as people read it: `12.5 %`, or nats with three decimals for `loss`. Differences carry a sign and are in points."""
     plus = "+" if signed else ""
-    if METRICS[metric].grade is None:
+    if rule_of(metric).per_token:
         return f"{value:{plus}.3f}"
     return f"{100 * value:{plus}.1f} {'points' if signed else '%'}"
 
@@ -28,7 +29,7 @@ def figure(metric: str, value: float, signed: bool = False) -> str:
 def interval(metric: str, low: float, high: float, signed: bool = False) -> str:
     """The 95 % interval in the units of `figure`."""
     plus = "+" if signed else ""
-    if METRICS[metric].grade is None:
+    if rule_of(metric).per_token:
         return f"{low:{plus}.3f} to {high:{plus}.3f}"
     return f"{100 * low:{plus}.1f} to {100 * high:{plus}.1f}"
 
@@ -40,7 +41,7 @@ def result_line(result: Result) -> str:
         f"(95 % interval {interval(result.metric, result.low, result.high)}, {result.n:,} {'row' if result.n == 1 else 'rows'})"
     )
     if result.partial is not None:
-        text += f", {METRICS[result.metric].partial_meaning} {100 * result.partial:.1f} %"
+        text += f", {rule_of(result.metric).partial_meaning} {100 * result.partial:.1f} %"
     return text
 
 
@@ -60,8 +61,8 @@ def verdict_line(comparison: Comparison) -> str:
     )
 
 
-def print_results(console: Console, results: dict[str, Result]) -> None:
-    """A table with one line per model."""
+def print_results(console: Console, results: Iterable[tuple[str, Result]]) -> None:
+    """A table with one line per model and result."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -69,14 +70,15 @@ def print_results(console: Console, results: dict[str, Result]) -> None:
     table.add_column("metric")
     for name in ("score", "95 % interval", "rows"):
         table.add_column(name, justify="right")
-    softer = any(r.partial is not None for r in results.values())
+    lines = list(results)
+    softer = any(r.partial is not None for _, r in lines)
     if softer:
-        table.add_column(METRICS[next(iter(results.values())).metric].partial_meaning, justify="right")
+        table.add_column(rule_of(lines[0][1].metric).partial_meaning, justify="right")
     table.add_column("tokens/s", justify="right")
-    for model, r in results.items():
+    for model, r in lines:
         cells = [model, r.metric, figure(r.metric, r.score), interval(r.metric, r.low, r.high), f"{r.n:,}"]
         cells += [f"{100 * r.partial:.1f} %" if r.partial is not None else ""] if softer else []
-        table.add_row(*map(_plain, cells), f"{r.tokens_per_second:,.0f}")
+        table.add_row(*map(plain, cells), f"{r.tokens_per_second:,.0f}")
     console.print(table)
 
 
@@ -88,7 +90,7 @@ def print_changes(console: Console, pairs: list[tuple[Record, Record]]) -> None:
 
 def print_misses(console: Console, result: Result, count: int) -> None:
     """The first rows that were not answered fully right."""
-    if METRICS[result.metric].grade is not None:
+    if not rule_of(result.metric).per_token:
         for record in [r for r in result.records if r.score < 1][:count]:
             _print_row(console, record, {"got": record.got})
 
@@ -98,7 +100,7 @@ def _print_row(console: Console, record: Record, answers: dict[str, str]) -> Non
 
     grid = Table.grid(padding=(0, 1, 0, 2))
     for label, text in ({"asked": question(record), "expected": record.expected} | answers).items():
-        grid.add_row(label, _plain(shorten(text)))
+        grid.add_row(label, plain(shorten(text)))
     console.print(f"\nline {record.line}", style="bold")
     console.print(grid)
 
@@ -117,7 +119,7 @@ def shorten(text: str, width: int = SAMPLE_WIDTH) -> str:
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
-def _plain(text: str) -> Any:
+def plain(text: str) -> Any:
     """Text that rich shows as it is: square brackets in it are no markup."""
     from rich.text import Text
 
@@ -132,10 +134,10 @@ def to_json(results: dict[str, Result], comparison: Comparison | None = None) ->
     return json.dumps(body, ensure_ascii=False)
 
 
-def to_markdown(results: dict[str, Result], comparison: Comparison | None = None) -> str:
+def to_markdown(results: Iterable[tuple[str, Result]], comparison: Comparison | None = None) -> str:
     """A table to paste into a model card or an issue."""
     lines = ["| model | metric | score | 95 % interval | rows |", "|---|---|---|---|---|"]
-    for name, r in results.items():
+    for name, r in results:
         cells = (_cell(name), r.metric, figure(r.metric, r.score), interval(r.metric, r.low, r.high), f"{r.n:,}")
         lines.append(f"| {' | '.join(cells)} |")
     if comparison is not None:

@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nomoat.errors import DataError, InputError, printable
 from nomoat.evals.intervals import bootstrap, wilson
-from nomoat.evals.metrics import METRICS, Metric
+from nomoat.evals.metrics import METRICS, Metric, rule_of
 
 if TYPE_CHECKING:
     from nomoat.data.readers import Row
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from nomoat.engine.model import Model
     from nomoat.engine.stack import Stack
 
+T = TypeVar("T")
 Progress = Callable[[int, int], None]
 
 #: Rows of a loss pack: enough for full speed, small enough for a laptop's memory.
@@ -123,7 +124,7 @@ def evaluate(
     return result
 
 
-def sample_rows(rows: Sequence[Row], limit: int | None, seed: int = 0) -> list[Row]:
+def sample_rows(rows: Sequence[T], limit: int | None, seed: int = 0) -> list[T]:
     """At most `limit` rows, drawn at random with a seed and kept in file order: many files are sorted by label."""
     if limit is None or limit >= len(rows):
         return list(rows)
@@ -132,11 +133,15 @@ def sample_rows(rows: Sequence[Row], limit: int | None, seed: int = 0) -> list[R
 
 
 def summarise(metric: str, records: list[Record], seconds: float, max_tokens: int | None = None) -> Result:
-    """Join per-row scores: Wilson's interval for scores of 0 or 1, else a bootstrap over rows (loss: rows weigh by tokens)."""
-    rule, scores = METRICS[metric], [r.score for r in records]
-    weights = [r.tokens for r in records] if rule.grade is None else [1.0] * len(records)
+    """Join per-row scores: Wilson's interval for scores of 0 or 1, else a bootstrap over rows (loss: rows weigh by tokens).
+
+    Where all rows have the same share, a bootstrap would claim to be certain: Wilson's interval there too, which is wider.
+    """
+    rule, scores = rule_of(metric), [r.score for r in records]
+    weights = [r.tokens for r in records] if rule.per_token else [1.0] * len(records)
     mean = sum(s * w for s, w in zip(scores, weights, strict=True)) / sum(weights)
-    low, high = wilson(sum(scores), len(scores)) if rule.binary else bootstrap(scores, weights)
+    alike = len(set(scores)) == 1 and not rule.per_token
+    low, high = wilson(sum(scores), len(scores)) if rule.binary or alike else bootstrap(scores, weights)
     softer = [r.partial for r in records if r.partial is not None]
     return Result(
         metric=metric,

@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: last part of an engine name -> class; every other name is a norm
+#: last part of an engine name -> class; those that end in `_bias` are biases, every other name is a norm
 _CLASSES = {
     "embed": "embedding",
     "head": "head",
     **dict.fromkeys(("q", "k", "v", "o"), "attention"),
     **dict.fromkeys(("gate", "up", "down"), "mlp"),
+    "router": "router",
 }
 
 
@@ -145,6 +146,9 @@ def _classes(types: dict[str, tuple[str, int]], spec: ModelSpec | None) -> dict[
     counts: dict[str, Counter[str]] = {}
     for name, (kind, _) in types.items():
         known = engine_names.get(name)
-        group = ("unused" if spec is not None else "weights") if known is None else _CLASSES.get(known, "norms")
+        if known is None:
+            group = "weights" if spec is None else "unused"
+        else:
+            group = "biases" if known.endswith("_bias") else _CLASSES.get(known, "norms")
         counts.setdefault(group, Counter())[kind] += 1
     return {group: dict(counter.most_common()) for group, counter in counts.items()}

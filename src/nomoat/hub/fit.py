@@ -6,15 +6,15 @@ Memory
     weights       file x 1.03                                       packed layout, docs/reference
     KV            2 L K Dh x 2 bytes for each token of context      keys and values in bf16
     activations   2 (2 D + 2 H Dh + 2 K Dh + 3 F) + 8 D bytes       for each token and layer that is kept for backward:
-                  bf16 inputs of the linears, fp32 residual stream; 2 F without a gate, 3 D or 4 D with post-norms; a
-                  recomputed layer keeps its fp32 input, 4 D, alone
+                  bf16 inputs of the linears, fp32 residual stream; 2 F without a gate, 3 D or 4 D with post-norms, F of all
+                  experts that a token uses; a recomputed layer keeps its fp32 input, 4 D, alone
     adapter       16 bytes for each parameter                       A and B, gradient, two Adam moments, all fp32
     the rest      150 MB                                            Python, libraries, buffers
 Time
     training      4 N + 6 adapter + 7 L H Dh T FLOPs for each token: forward 2 N and dX 2 N, no dW for frozen weights; LoRA
                   forward 2 and backward 4; causal attention over T tokens (or the window) forward 2 and backward 5; the head
                   counts for the share of tokens that carry loss
-    decoding      every weight is read once for each token
+    decoding      every weight is read once for each token; of experts only those used, here and in N
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
+from nomoat.errors import ResourceError
 from nomoat.models.spec import TARGETS, ModelSpec
 
 PACKED = 1.03  # packed size / file size
@@ -33,14 +34,21 @@ TRAIN_EFFICIENCY = 0.6  # share of the rate of its products that training reache
 DECODE_EFFICIENCY = 0.5  # share of the read bandwidth that decoding reaches
 RECOMPUTE_COST = 1.5  # one forward pass more: 6 N instead of 4 N
 MARGIN = 0.9  # of the free memory may be planned for
+RESERVED = 2 << 30  # bytes of memory that weights leave to the system, the cache of the conversation and everything else
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What this computer offers. Bytes; FLOP/s and bytes/s over all `threads`."""
+class Memory:
+    """Bytes of main memory: all of it, and what is free now."""
 
     memory: int
     available: int
+
+
+@dataclass(frozen=True)
+class Machine(Memory):
+    """What this computer offers. Bytes; FLOP/s and bytes/s over all `threads`."""
+
     disk_free: int
     threads: int
     bf16_flops: float
@@ -149,12 +157,13 @@ def estimate(
     chatting = chat_bytes(spec, file_bytes, context)
     disk = download_bytes + weight_bytes(file_bytes) + 3 * ADAPTER_STATE * parameters  # packed cache, checkpoints, result
     seconds = None if data_tokens is None else data_tokens * epochs / speed
+    read_bytes = weight_bytes(file_bytes) * spec.active_parameters() / spec.parameters()  # for one token of an answer
     return Fit(
         weights_bytes=weight_bytes(file_bytes),
         kv_bytes=context * kv_bytes_per_token(spec),
         chat_bytes=chatting,
         chat_fits=chatting <= limit,
-        decode_tokens_per_second=DECODE_EFFICIENCY * machine.read_bandwidth / weight_bytes(file_bytes),
+        decode_tokens_per_second=DECODE_EFFICIENCY * machine.read_bandwidth / read_bytes,
         adapter_parameters=parameters,
         train_bytes=training,
         train_fits=training <= limit,
@@ -187,7 +196,8 @@ def _verdict(
     """The figures as sentences; what does not fit comes with what would."""
     chat = f"{gigabytes(chatting)} of {gigabytes(machine.available)} free at {context:,} tokens of context"
     train = f"{gigabytes(training)} at {batch_tokens:,} tokens a step"
-    parts = [f"Chat fits: {chat}." if chatting <= limit else f"Chat does not fit: {chat}; take a smaller model."]
+    smaller = "take a smaller model, or see --larger-than-memory of `nomoat run`"
+    parts = [f"Chat fits: {chat}." if chatting <= limit else f"Chat does not fit: {chat}; {smaller}."]
     if training <= limit:
         how = ", by recomputing layers" if recompute else ""
         parts.append(f"Training fits: {train}{how}; about {speed:,.0f} tokens/s.")
@@ -215,18 +225,42 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60:,} h {minutes % 60} min"
 
 
-def this_machine(folder: Path, threads: int) -> Machine:
-    """Measure this computer in under a second. `folder` names the disk; memory limits of containers count."""
-    import shutil
+def check_weights(packed_bytes: int, machine: Memory, *, larger_than_memory: bool = False) -> str | None:
+    """What to say before weights are loaded that memory cannot hold, or None. They are mapped from a file, so they work all
+    the same, read from the disk again and again.
 
+    Raises ResourceError, unless `larger_than_memory` accepts that, where they could not stay in memory even if nothing else ran.
+    """
+    weights, whole = f"the packed weights take {gigabytes(packed_bytes)}", gigabytes(machine.memory)
+    slow = "what does not fit is read from the disk again for every token, which is slow"
+    if packed_bytes > machine.memory - RESERVED:
+        have = f"this machine has {whole} of memory, of which {gigabytes(RESERVED)} are kept for everything else"
+        if not larger_than_memory:
+            raise ResourceError(f"{weights}; {have}. Take a smaller model, or add --larger-than-memory: {slow}")
+        return f"{weights}; {have}: {slow}"
+    if packed_bytes > machine.available:
+        return f"{weights}, and {gigabytes(machine.available)} of {whole} of memory are free: {slow}. Close other programs"
+    return None
+
+
+def this_memory() -> Memory:
+    """Memory of this computer; limits of containers count."""
     import psutil
 
     memory = psutil.virtual_memory()
     limit, used = _container_memory()
+    return Memory(min(memory.total, limit), max(0, min(memory.available, limit - used)))
+
+
+def this_machine(folder: Path, threads: int) -> Machine:
+    """Measure this computer in under a second. `folder` names the disk; memory limits of containers count."""
+    import shutil
+
+    memory = this_memory()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     return Machine(
-        memory=min(memory.total, limit),
-        available=max(0, min(memory.available, limit - used)),
+        memory=memory.memory,
+        available=memory.available,
         disk_free=shutil.disk_usage(existing).free,
         threads=threads,
         bf16_flops=_product_rate(threads),

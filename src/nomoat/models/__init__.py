@@ -104,10 +104,12 @@ def gguf_form(
 ) -> tuple[ModelSpec, dict[str, Any], dict[str, npt.NDArray[np.float32]]]:
     """What the GGUF of a Hugging Face model says, as llama.cpp's converter would write it.
 
-    Returns the model as spec_from_gguf then describes it (`tensors` are GGUF names, rotations as its q and k are stored), the
-    metadata of its architecture (`llama.block_count`, ...: int, float, bool, or a list of bool), and the small tensors that
-    belong to it (`rope_freqs.weight`, ...). Raises ModelError for what spec_from_hf refuses, and where GGUF has no way to say
-    what the configuration does.
+    Returns the model as spec_from_gguf then describes it (`tensors` are GGUF names), the metadata of its architecture
+    (`llama.block_count`, ...: int, float, bool, str, or a list of bool), and the small tensors that belong to it
+    (`rope_freqs.weight`, ...). Where its rotations are interleaved, the rows of q and k, and their biases, are stored in the
+    order of rope.interleaved_rows; weights hold what the folder's `Source.add` adds.
+
+    Raises ModelError for what spec_from_hf refuses, and where GGUF has no way to say what the configuration does.
     """
     from nomoat.models import write_gguf
 

@@ -56,11 +56,19 @@ def rotary_dimension(where: str, rope_dim: int, head_dim: int) -> None:
         )
 
 
-def experts(where: str, counts: Iterable[int]) -> None:
-    """The experts of all layers are few enough to be listed. Raises ModelError E_LIMIT."""
+def experts(where: str, counts: Iterable[int], tensors: int | None = None) -> None:
+    """The experts of all layers are few enough to be listed, and have three tensors each if the file should have them apart.
+
+    Raises ModelError E_LIMIT or E_ARCH.
+    """
     total = sum(counts)
     if total > MAX_ALL_EXPERTS:
         raise ModelError(f"{where}: {total:,} experts in all layers; expected at most {MAX_ALL_EXPERTS:,}", code="E_LIMIT")
+    if tensors is not None and 3 * total > tensors:
+        raise ModelError(
+            f"{where}: {total:,} experts in all layers have {3 * total:,} tensors, but the file holds only {tensors:,}; "
+            "it is incomplete, or its expert count is wrong"
+        )
 
 
 def present(where: str, spec: ModelSpec, available: Collection[str]) -> None:

@@ -130,7 +130,8 @@ def _experts(arch: Architecture, keys: Fields, model: Draft, file: Contents) -> 
         raise keys.fail("expert_weights_scale", keys.number("expert_weights_scale", 0.0, 1e6), "1", "E_ARCH")
     routers = [f"blk.{layer}.{tensors.GGUF['router']}.weight" in file.tensors for layer in range(model.layers)]
     model.experts = [count if router or not any(routers) else 0 for router in routers]
-    check.experts(keys.where, model.experts)
+    apart = any(f"blk.{layer}.{tensors.GGUF['gate']}.0.weight" in file.tensors for layer in range(model.layers))
+    check.experts(keys.where, model.experts, len(file.tensors) if apart else None)
     if keys.has("expert_feed_forward_length"):
         ffn = keys.integer("expert_feed_forward_length", 1, MAX_FFN)
         model.ffn = [ffn if experts else dense for experts, dense in zip(model.experts, model.ffn, strict=True)]

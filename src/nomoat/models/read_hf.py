@@ -38,15 +38,16 @@ def read(
     model = draft(arch, config, where)
     spec = model.spec(arch.name, name=check.shown_name(name), interleaved=False, context=context)
     root = next((root for root in arch.roots if names and f"{root}embed_tokens.weight" in names), next(iter(arch.roots)))
-    spec = tensors.from_hf(arch, spec, model.biases, root)
     if names is None:
-        return spec
+        return tensors.from_hf(arch, spec, model.biases, root)
     fused = [tensor for tensor in names if tensor.endswith(".experts.gate_up_proj")]
     if fused:
         raise ModelError(
             f"{where}: gate and up of all experts are one tensor (`{printable(fused[0])}`), which nomoat does not read; "
             "save the model in its original format, or convert it to GGUF"
         )
+    check.experts(where, model.experts, len(names))
+    spec = tensors.from_hf(arch, spec, model.biases, root)
     check.left_out(where, spec, [tensor for tensor in names if tensor.startswith(f"{root}layers.")])
     check.present(where, spec, names)
     harmless = (*HARMLESS, f"{arch.roots[root]}.weight") if spec.tied_head else HARMLESS

@@ -71,14 +71,13 @@ class Rotation:
             found |= {"rope.scaling.type": "yarn", "rope.scaling.factor": float(self.factor)}
             found["rope.scaling.original_context_length"] = self.yarn.original
             found |= {"rope.scaling.yarn_beta_fast": self.yarn.fast, "rope.scaling.yarn_beta_slow": self.yarn.slow}
-            if not math.isclose(magnitude, yarn_magnitude(self.factor), rel_tol=1e-6):
-                found["rope.scaling.yarn_attn_factor"] = magnitude
-            magnitude = 1.0
+            # llama.cpp multiplies by this in every architecture; it does not read `yarn_attn_factor`, which says the same
+            magnitude /= yarn_magnitude(self.factor)
         elif self.factor != 1.0:
             found |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(self.factor)}
         elif self.long is not None:
             found |= {"rope.scaling.type": "longrope", "rope.scaling.original_context_length": self.original}
-        if magnitude != 1.0:
+        if not math.isclose(magnitude, 1.0, rel_tol=1e-9):
             found["rope.scaling.attn_factor"] = magnitude
         return found
 

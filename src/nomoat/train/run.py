@@ -40,6 +40,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     allow: frozenset[str] = frozenset(),
+    larger_than_memory: bool = False,
     dry_run: bool = False,
     threads: int | None = None,
     confirm: Callable[[], bool] | None = None,
@@ -49,7 +50,8 @@ def train(
     """Teaches `base` (a model name; adapters in it stay frozen underneath) the rows of `data`, and saves an adapter.
 
     `options` are the fields of TrainOptions. `metric` "none" scores nothing; None chooses by the answers. `score_rows` limits
-    how many of the test (or held-out) rows are scored. `confirm` is asked once the plan is known.
+    how many of the test (or held-out) rows are scored. `confirm` is asked once the plan is known. With `larger_than_memory` the
+    weights need not fit: they are read from the disk as they are used.
 
     Raises InputError and its kinds for wrong options, data, names or checkpoints; ResourceError for what does not fit;
     NonFiniteError after three steps that could not be applied.
@@ -65,7 +67,11 @@ def train(
         if not file.exists():  # said before a model is fetched
             raise NotFoundError(f"{printable(str(file))}: no such file")
     tell: Report = report or (lambda event: None)
-    model, stack = open_model(base, download=True, threads=threads)
+
+    def note(text: str) -> None:
+        tell({"event": "note", "text": text})
+
+    model, stack = open_model(base, download=True, threads=threads, larger_than_memory=larger_than_memory, tell=note)
     prepared = prepare(
         model,
         Path(data),
@@ -79,7 +85,7 @@ def train(
     tell(_inspected(prepared))
     machine = this_machine(settings.data_dir(), threads or settings.threads())
     machine = replace(machine, available=machine.available + rss_bytes())  # what the model takes already is in the plan
-    file_bytes = model_bytes(model.path)
+    file_bytes = 0 if larger_than_memory else model_bytes(model.path)  # weights that are paged need no memory of their own
     plan = make_plan(chosen, model.spec, machine, **prepared.counts(), file_bytes=file_bytes)
     tell({"event": "plan", "text": plan.text(chosen), **plan.as_json()})
     check_resources(plan, chosen, machine)

@@ -1,0 +1,264 @@
+// x += [norm] sum over the experts_used best experts e of w_e Wdown_e (act(Wgate_e h) * (Wup_e h)), h = [norm] x, where w are the
+// probabilities softmax(router h), over all experts, or these divided by the sum of those used (`expert_norm`).
+//
+// A pair is a row and one of its experts. Pairs are sorted by expert, then by row, so that an expert's rows lie together and run
+// as one product; a row adds its experts up in order of their index, whatever runs beside it.
+//
+// The tape keeps x before the block, gate and up of every pair, the routing, and what a post-norm needs. The router is float32 in
+// every mode: which experts a row gets must not depend on how its other products are rounded.
+
+#include <algorithm>
+
+#include "op/engine.h"
+
+namespace nomoat {
+
+namespace {
+
+struct Pairs {
+  std::vector<int> start;  // [experts + 1] first pair of each expert
+  std::vector<int> row;    // [pairs]
+  std::vector<int> place;  // [rows][used] a row's pairs, in order of experts
+
+  int count() const { return int(row.size()); }
+  int of(int expert) const { return start[size_t(expert) + 1] - start[size_t(expert)]; }
+};
+
+// `chosen` [rows][used], ascending in each row.
+Pairs sort_by_expert(const int32_t* chosen, int rows, int used, int experts) {
+  const size_t count = size_t(rows) * size_t(used);
+  Pairs pairs{std::vector<int>(size_t(experts) + 1), std::vector<int>(count), std::vector<int>(count)};
+  for (size_t i = 0; i < count; i++) pairs.start[size_t(chosen[i]) + 1]++;
+  for (size_t e = 0; e < size_t(experts); e++) pairs.start[e + 1] += pairs.start[e];
+  std::vector<int> next(pairs.start.begin(), pairs.start.end() - 1);
+  for (size_t i = 0; i < count; i++) {
+    pairs.place[i] = next[size_t(chosen[i])]++;
+    pairs.row[size_t(pairs.place[i])] = int(i / size_t(used));
+  }
+  return pairs;
+}
+
+// The `used` largest logits, the lower index where two are equal; indexes ascend. A NaN makes all weights of the row NaN.
+void choose(const float* logits, int experts, int used, int32_t* chosen) {
+  for (int e = 0, count = 0; e < experts; e++) {
+    int at = count < used ? count++ : used;
+    for (; at > 0 && logits[e] > logits[chosen[at - 1]]; at--)
+      if (at < used) chosen[at] = chosen[at - 1];
+    if (at < used) chosen[at] = e;
+  }
+  std::sort(chosen, chosen + used);
+}
+
+// The weight of every expert for every row, [rows][experts padded]: all probabilities, or with expert_norm those of the experts
+// used over their sum, and zeros. In both forms the gradient of a logit is its weight times (d weight - their weighted mean).
+void route(Engine& engine, const Layer& own, const float* h, int rows, float* weights, int32_t* chosen) {
+  const int stride = padded(own.experts), used = engine.experts_used;
+  const Activations input{Mode::f32, rows, padded(engine.dims.width), 0, h, nullptr, nullptr, nullptr};
+  const LinearJob job[] = {{&own.router, kTargets, weights, stride, false, nullptr}};
+  const Batch plain;
+  linear(engine, input, job, 1, plain, 0);
+  for_rows(rows, 16, [&](int first, int last) {
+    for (int m = first; m < last; m++) {
+      float* p = weights + size_t(m) * stride;
+      int32_t* best = chosen + size_t(m) * used;
+      choose(p, own.experts, used, best);
+      kernels().softmax_f32(p, kernels().log_sum_exp(p, own.experts), 1, stride, p);
+      float sum = 0;
+      for (int j = 0; j < used; j++) sum += p[best[j]];
+      for (int e = 0, j = 0; e < stride; e++) {
+        const bool is_used = j < used && best[j] == e;
+        if (is_used && engine.expert_norm) p[e] /= sum;
+        if (e >= own.experts || (!is_used && engine.expert_norm)) p[e] = 0;
+        j += is_used;
+      }
+    }
+  });
+}
+
+// The activations of every pair, converted once for a row. `wide`: in int8 mode float32 ones too, which weights that are floats
+// take.
+Activations gather(Engine& engine, const Activations& x, const Pairs& pairs, bool wide) {
+  const size_t count = size_t(pairs.count()), cols = size_t(x.cols), codes = cols * size_t(x.digits), blocks = cols / kTileCols;
+  float* f32 = x.mode == Mode::f32 || (x.mode == Mode::int8 && wide) ? engine.pair_x.get<float>(count * cols) : nullptr;
+  bf16* low = x.mode == Mode::bf16 ? engine.pair_low.get<bf16>(count * cols) : nullptr;
+  int8_t* q = x.mode == Mode::int8 ? engine.pair_q.get<int8_t>(count * codes) : nullptr;
+  ActBlock* scales = x.mode == Mode::int8 ? engine.pair_blocks.get<ActBlock>(count * blocks) : nullptr;
+  for_rows(pairs.count(), 16, [&](int first, int last) {
+    for (size_t i = size_t(first); i < size_t(last); i++) {
+      const size_t m = size_t(pairs.row[i]);
+      if (f32) std::memcpy(f32 + i * cols, x.f32 + m * cols, cols * sizeof(float));
+      if (low) std::memcpy(low + i * cols, x.low + m * cols, cols * sizeof(bf16));
+      if (q) std::memcpy(q + i * codes, x.q + m * codes, codes);
+      if (scales) std::memcpy(scales + i * blocks, x.blocks + m * blocks, blocks * sizeof(ActBlock));
+    }
+  });
+  return {x.mode, pairs.count(), x.cols, x.digits, f32, low, q, scales};
+}
+
+struct Output {
+  Target target;
+  float* y;  // [pairs][ldy]
+  int ldy;
+};
+
+// y = W_e x for the pairs of every expert that has any, all in one parallel region: with one row its experts share the threads.
+void run_experts(Engine& engine, const Layer& own, const Pairs& pairs, const Activations& x, const Output* outputs, int count) {
+  std::vector<Matrix> views;
+  std::vector<LinearJob> jobs;
+  views.reserve(size_t(own.experts) * size_t(count));  // jobs point into it
+  for (int e = 0; e < own.experts; e++)
+    for (int i = 0; i < count && pairs.of(e); i++) {
+      const int first = pairs.start[size_t(e)];
+      const Output& out = outputs[i];
+      views.push_back(own.expert(out.target, e));
+      jobs.push_back(
+          {&views.back(), kTargets, out.y + size_t(first) * out.ldy, out.ldy, false, nullptr, nullptr, first, pairs.of(e)});
+    }
+  const Batch plain;  // no adapters on experts
+  linear(engine, x, jobs.data(), int(jobs.size()), plain, 0);
+}
+
+// [pairs][ffn padded]
+void activate(const Dims& dims, const float* gate, const float* up, int pairs, int ffn, float* act) {
+  for_rows(pairs, 8, [&](int first, int last) {
+    const size_t at = size_t(first) * ffn;
+    (dims.gelu ? kernels().gelu_mul : kernels().silu_mul)(gate + at, up + at, (last - first) * ffn, act + at);
+  });
+}
+
+}  // namespace
+
+void moe_forward(Engine& engine, int layer, Mode mode, float* x, const Batch& batch, LayerTape* tape) {
+  const Dims& dims = engine.dims;
+  const Layer& own = engine.layers[size_t(layer)];
+  const int width = padded(dims.width), ffn = padded(own.ffn), stride = padded(own.experts), used = engine.experts_used;
+  const size_t rows = size_t(batch.rows), count = rows * size_t(used);
+  const float* h = normed(engine, x, own.mlp_norm, own.mlp_norm_bias, batch.rows);
+  float* weights = (tape ? tape->routing : engine.routing).get<float>(rows * stride);
+  int32_t* chosen = (tape ? tape->chosen : engine.chosen).get<int32_t>(count);
+  route(engine, own, h, batch.rows, weights, chosen);
+  const Pairs pairs = sort_by_expert(chosen, batch.rows, used, own.experts);
+  const Activations input = prepare(mode, engine.digits[2], h, batch.rows, width, engine.normed_low, engine.q8, engine.blocks);
+  float *gate = engine.gate.get<float>(count * ffn), *up = engine.up.get<float>(count * ffn),
+        *act = engine.act.get<float>(count * ffn), *out = engine.pair_out.get<float>(count * width);
+  const Output gate_up[] = {{kGate, gate, ffn}, {kUp, up, ffn}}, down[] = {{kDown, out, width}};
+  const bool wide = own.w[kGate].floating() || own.w[kUp].floating();
+  run_experts(engine, own, pairs, gather(engine, input, pairs, wide), gate_up, 2);
+  activate(dims, gate, up, pairs.count(), ffn, act);
+  if (tape) {
+    save_rows(mode, x, rows * width, tape->middle);
+    save_rows(mode, gate, count * ffn, tape->gate);
+    save_rows(mode, up, count * ffn, tape->up);
+  }
+  const Activations middle = prepare(mode, engine.digits[3], act, pairs.count(), ffn, engine.act_low, engine.q8, engine.blocks);
+  run_experts(engine, own, pairs, middle, down, 1);
+  const Branch branch = branch_of(engine, own.mlp_post_norm, x, batch.rows);
+  for_rows(batch.rows, 4, [&](int first, int last) {
+    for (size_t m = size_t(first); m < size_t(last); m++) {
+      float* to = branch.to + m * width;
+      if (!branch.direct) std::memset(to, 0, size_t(width) * sizeof(float));
+      for (size_t i = m * used; i < (m + 1) * used; i++)
+        kernels().axpy(out + size_t(pairs.place[i]) * width, weights[m * stride + size_t(chosen[i])], width, to);
+    }
+  });
+  join(engine, mode, branch, own.mlp_post_norm, batch.rows, x, tape ? &tape->mlp_branch : nullptr);
+}
+
+namespace {
+
+// What goes back through one expert: dx of its rows in, dh of its rows out (added), and the gradient of its weight in them.
+struct ExpertBackward {
+  const float *gate, *up;  // [rows of the expert][ffn padded]
+  const int* row;          // its rows
+  const float* weight;     // [all rows], stride `stride`
+  float* d_weight;         // [rows of the expert]
+  int rows, stride;
+};
+
+void expert_backward(Engine& engine, const Layer& own, int expert, Mode mode, const ExpertBackward& e, const float* dx,
+                     float* dh) {
+  const Dims& dims = engine.dims;
+  const int width = padded(dims.width), ffn = padded(own.ffn);
+  const size_t rows = size_t(e.rows);
+  const Matrix gate = own.expert(kGate, expert), up = own.expert(kUp, expert), down = own.expert(kDown, expert);
+  const Batch plain;
+  const Activations input{mode, e.rows, width, 0, nullptr, nullptr, nullptr, nullptr};  // without adapters only their number
+  float *dy = engine.pair_x.get<float>(rows * width), *act = engine.act.get<float>(rows * ffn),
+        *d_act = engine.pair_out.get<float>(rows * ffn), *d_gate = engine.dgate.get<float>(rows * ffn),
+        *d_up = engine.dup.get<float>(rows * ffn);
+  for_rows(e.rows, 16, [&](int first, int last) {
+    for (int i = first; i < last; i++)
+      std::memcpy(dy + size_t(i) * width, dx + size_t(e.row[i]) * width, size_t(width) * sizeof(float));
+  });
+  const LinearBackwardJob out[] = {{&down, kTargets, dy, width, nullptr}};
+  linear_backward(engine, input, out, 1, plain, 0, d_act, ffn);  // not yet times the weight
+  activate(dims, e.gate, e.up, e.rows, ffn, act);
+  for_rows(e.rows, 8, [&](int first, int last) {
+    for (int i = first; i < last; i++) {
+      const size_t at = size_t(i) * ffn;
+      const float one = 1, weight = e.weight[size_t(e.row[i]) * e.stride];
+      kernels().lora_shrink(d_act + at, act + at, ffn, &one, 1, ffn, e.d_weight + i);  // d weight = dx . expert(h)
+      for (int f = 0; f < ffn; f++) d_act[at + f] *= weight;
+      (dims.gelu ? kernels().gelu_mul_backward : kernels().silu_mul_backward)(e.gate + at, e.up + at, d_act + at, ffn,
+                                                                              d_gate + at, d_up + at);
+    }
+  });
+  const LinearBackwardJob in[] = {{&gate, kTargets, d_gate, ffn, nullptr}, {&up, kTargets, d_up, ffn, nullptr}};
+  float* d_input = engine.pair_x.get<float>(rows * width);
+  linear_backward(engine, input, in, 2, plain, 0, d_input, width);
+  for_rows(e.rows, 8, [&](int first, int last) {
+    for (int i = first; i < last; i++) kernels().axpy(d_input + size_t(i) * width, 1, width, dh + size_t(e.row[i]) * width);
+  });
+}
+
+// d logit_e = weight_e (d weight_e - sum over the experts used of weight * d weight), where d weight is 0 for the others; then
+// through the router, added to dh.
+void router_backward(Engine& engine, const Layer& own, const Pairs& pairs, const int32_t* chosen, const float* weights,
+                     const float* d_weights, int rows, float* dh) {
+  const int width = padded(engine.dims.width), stride = padded(own.experts), used = engine.experts_used;
+  float* d_logits = engine.routing.get<float>(size_t(rows) * stride);
+  for_rows(rows, 16, [&](int first, int last) {
+    for (size_t m = size_t(first); m < size_t(last); m++) {
+      const float* weight = weights + m * stride;
+      float* out = d_logits + m * stride;
+      float mean = 0;
+      for (size_t j = m * used; j < (m + 1) * used; j++) mean += weight[chosen[j]] * d_weights[pairs.place[j]];
+      for (int e = 0; e < stride; e++) out[e] = -weight[e] * mean;
+      for (size_t j = m * used; j < (m + 1) * used; j++) out[chosen[j]] = weight[chosen[j]] * (d_weights[pairs.place[j]] - mean);
+    }
+  });
+  const Activations input{Mode::f32, rows, width, 0, nullptr, nullptr, nullptr, nullptr};
+  const LinearBackwardJob job[] = {{&own.router, kTargets, d_logits, stride, nullptr}};
+  const Batch plain;
+  float* from_router = engine.pair_x.get<float>(size_t(rows) * width);
+  linear_backward(engine, input, job, 1, plain, 0, from_router, width);
+  for_rows(rows, 16, [&](int first, int last) {
+    for (int m = first; m < last; m++) kernels().axpy(from_router + size_t(m) * width, 1, width, dh + size_t(m) * width);
+  });
+}
+
+}  // namespace
+
+void moe_backward(Engine& engine, int layer, Mode mode, float* dx, const Batch& batch, const LayerTape& tape) {
+  const Layer& own = engine.layers[size_t(layer)];
+  const int width = padded(engine.dims.width), ffn = padded(own.ffn), stride = padded(own.experts), used = engine.experts_used;
+  const size_t rows = size_t(batch.rows), count = rows * size_t(used);
+  const float* d_branch = branch_backward(engine, mode, own.mlp_post_norm, tape.mlp_branch, batch.rows, dx);
+  const int32_t* chosen = tape.chosen.data<int32_t>();
+  const float* weights = tape.routing.data<float>();
+  const Pairs pairs = sort_by_expert(chosen, batch.rows, used, own.experts);
+  const float *gate = load_rows(mode, tape.gate, count * ffn, engine.gate),
+              *up = load_rows(mode, tape.up, count * ffn, engine.up);
+  float *dh = engine.dx.get<float>(rows * width), *d_weights = engine.d_routing.get<float>(count);
+  std::memset(dh, 0, rows * width * sizeof(float));
+  for (int e = 0; e < own.experts; e++) {
+    const size_t first = size_t(pairs.start[size_t(e)]);
+    const ExpertBackward expert{
+        gate + first * ffn, up + first * ffn, pairs.row.data() + first, weights + e, d_weights + first, pairs.of(e), stride};
+    if (expert.rows) expert_backward(engine, own, e, mode, expert, d_branch, dh);
+  }
+  router_backward(engine, own, pairs, chosen, weights, d_weights, batch.rows, dh);
+  normed_backward(engine, load_rows(mode, tape.middle, rows * width, engine.x_wide), own.mlp_norm, dh, batch.rows, dx);
+}
+
+}  // namespace nomoat
