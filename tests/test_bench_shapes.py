@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,7 @@ TINY_WORK = {
 def test_a_side_takes_its_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tiny_llama(tmp_path / "tiny.gguf", vocab=512)
     monkeypatch.setattr(shapes, "WORK", TINY_WORK)
-    paths = os.pathsep.join([str(shapes.ROOT / "src"), str(shapes.ROOT)])
-    with Side("bench.peers.nomoat_side", env={"PYTHONPATH": paths}) as side:
+    with Side("bench.peers.nomoat_side") as side:
         side.ask("load", path=str(path), threads=1)
         found = shapes.take_turns({"nomoat": side}, rounds=2)["nomoat"]
         first, second = (side.ask("train", tokens=[3, 4, 5, 6], rank=2)["loss"] for _ in range(2))

@@ -53,7 +53,7 @@ def groups(spec: ModelSpec) -> dict[str, list[Place]]:
 
 def shared(spec: ModelSpec, lora: Lora) -> Lora:
     """The adapter with one A in every group."""
-    first = {place: places[0] for places in groups(spec).values() for place in places}
+    first = {place: places[0] for places in groups(spec).values() for place in places if place in lora}
     return {place: (lora[first[place]][0], b, scale) for place, (_, b, scale) in lora.items()}
 
 
@@ -62,6 +62,7 @@ def fused(spec: ModelSpec, gradients: Mapping[Place, Any]) -> Gradients:
     return {
         places[0]: (sum(gradients[place][0] for place in places), np.concatenate([gradients[place][1] for place in places]))
         for places in groups(spec).values()
+        if places[0] in gradients
     }
 
 

@@ -16,6 +16,7 @@ from engine_side import Trained, cosine, flat, loss, random_pack, relative_error
 from golden.make_architectures import make
 from nomoat.engine.lora import TrainableLora
 from nomoat.engine.model import Model
+from nomoat.models.spec import TARGETS
 from parity import llamacpp_side, peft_side
 from reference import log_softmax, random_lora
 
@@ -50,8 +51,10 @@ def test_logits(name: str, tmp_path: Path, report: Report) -> None:
 def test_gradients(name: str, tmp_path: Path, report: Report) -> None:
     folder = ROWS[name].folder(tmp_path / "model")
     model = Model.load(folder, quantize="none")
-    trained = Trained(TrainableLora(model.spec, rank=4, alpha=8.0))
-    trained.set(peft_side.shared(model.spec, random_lora(model.spec, rank=4, scale=2.0, seed=2)))
+    experts = any(block.experts for block in model.spec.blocks)  # of such models PEFT takes all of the MLPs for experts
+    trained = Trained(TrainableLora(model.spec, rank=4, alpha=8.0, targets=TARGETS[:4] if experts else TARGETS))
+    start = random_lora(model.spec, rank=4, scale=2.0, seed=2, targets=trained.lora.targets)
+    trained.set(peft_side.shared(model.spec, start))
     pack = random_pack(model.spec.vocab, (40, 14, 2), seed=1)
     peer = peft_side.with_lora(peft_side.load_base(folder, torch.float32), trained.values())
     expected = peft_side.gradients(peer, pack)
