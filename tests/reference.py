@@ -100,6 +100,24 @@ def gelu(x: Array) -> Array:
     return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
+def experts(
+    h: Array, router: Array, gate: Array, up: Array, down: Array, used: int, renormalized: bool, act: Callable[[Array], Array]
+) -> Array:
+    """The sum of p_e * MLP_e(h) over the `used` best experts e of a row, p = softmax(router h).
+
+    `renormalized`: those p over their sum. h [..., T, D], router [E, D], gate and up [E, F, D], down [E, D, F]. The choice is a
+    constant to the derivative.
+    """
+    p = softmax(h @ router.T)
+    best = np.argsort(-p.real, axis=-1, kind="stable")[..., :used]  # stable: the lower index where two are equal
+    chosen = np.zeros(p.shape, bool)
+    np.put_along_axis(chosen, best, True, axis=-1)
+    p = np.where(chosen, p, 0)
+    if renormalized:
+        p = p / p.sum(-1, keepdims=True)
+    return sum(p[..., [e]] * (act(h @ gate[e].T) * (h @ up[e].T) @ down[e].T) for e in range(len(router)))
+
+
 def linear(x: Array, weight: Array, lora: tuple[Array, Array, float] | None = None, bias: Array | float = 0.0) -> Array:
     """x W^T + scale (x A^T) B^T + bias for x [..., T, K], W [N, K]."""
     y = x @ weight.T + bias
@@ -172,6 +190,9 @@ class Reference:
 
     def _mlp(self, i: int, lora: Lora, h: Array) -> Array:
         act = gelu if self.spec.activation == "gelu" else silu
+        if self.spec.blocks[i].experts:
+            parts = [self.weights[f"blk.{i}.{part}"] for part in ("router", "gate", "up", "down")]
+            return experts(h, *parts, self.spec.experts_used, self.spec.expert_norm, act)
         up = self._linear(i, "up", lora, h)
         return self._linear(i, "down", lora, act(self._linear(i, "gate", lora, h)) * up if self.spec.gated else act(up))
 

@@ -15,6 +15,8 @@ namespace nomoat {
 
 namespace {
 
+constexpr int kFewRows = 8;
+
 struct Pairs {
   std::vector<int> start;  // [experts + 1] first pair of each expert
   std::vector<int> row;    // [pairs]
@@ -53,7 +55,9 @@ void choose(const float* logits, int experts, int used, int32_t* chosen) {
 // used over their sum, and zeros. In both forms the gradient of a logit is its weight times (d weight - their weighted mean).
 void route(Engine& engine, const Layer& own, const float* h, int rows, float* weights, int32_t* chosen) {
   const int stride = padded(own.experts), used = engine.experts_used;
-  const Activations input{Mode::f32, rows, padded(engine.dims.width), 0, h, nullptr, nullptr, nullptr};
+  // The product that int8 mode has for float weights adds in the same order as that of float32 mode and makes no panels of them.
+  const Mode mode = rows <= kFewRows && own.router.floating() ? Mode::int8 : Mode::f32;
+  const Activations input{mode, rows, padded(engine.dims.width), 0, h, nullptr, nullptr, nullptr};
   const LinearJob job[] = {{&own.router, kTargets, weights, stride, false, nullptr}};
   const Batch plain;
   linear(engine, input, job, 1, plain, 0);

@@ -148,20 +148,22 @@ TEST("moe: one expert, all experts, weights as they are") {
 }
 
 TEST("moe: rows of one batch are what they are alone, on any number of threads") {
-  for (Format format : {Format::F32, Format::Q4_1})
-    for (Mode mode : {Mode::int8, Mode::bf16, Mode::f32}) {
-      Model model(format, 2, true);
-      const size_t width = size_t(padded(model.engine.dims.width));
-      const Floats x = input(model, 70), together = forward(model, mode, x);
-      for (int count : {1, 3}) {
-        const Threads set(count);
-        CHECK(same_bits(forward(model, mode, x), together), "mode %d: %d threads", int(mode), count);
-        for (size_t m = 0; m < 70; m += 7) {
-          const Floats alone = forward(model, mode, Floats(&x[m * width], &x[m * width] + width));
-          CHECK(same_bits(alone.data(), &together[m * width], width * sizeof(float)), "mode %d: row %zu", int(mode), m);
+  for_levels([](const Kernels&) {
+    for (Format format : {Format::F32, Format::Q4_1})
+      for (Mode mode : {Mode::int8, Mode::bf16, Mode::f32}) {
+        Model model(format, 2, true);
+        const size_t width = size_t(padded(model.engine.dims.width));
+        const Floats x = input(model, 70), together = forward(model, mode, x);
+        for (int count : {1, 3}) {
+          const Threads set(count);
+          CHECK(same_bits(forward(model, mode, x), together), "mode %d: %d threads", int(mode), count);
+          for (size_t m = 0; m < 70; m += 7) {
+            const Floats alone = forward(model, mode, Floats(&x[m * width], &x[m * width] + width));
+            CHECK(same_bits(alone.data(), &together[m * width], width * sizeof(float)), "mode %d: row %zu", int(mode), m);
+          }
         }
       }
-    }
+  });
 }
 
 TEST("moe: where logits are equal the lower index is taken") {

@@ -264,7 +264,8 @@ def activation_bytes(spec: ModelSpec, layer: int, ranks: int, precision: str = "
     post_norms = sum(f"blk.{layer}.{part}" in spec.tensors for part in ("attn_post_norm", "mlp_post_norm"))
     ffn = block.ffn * (2 if spec.gated else 1) * (spec.experts_used if block.experts else 1)
     kept = (2 + post_norms) * spec.width + 2 * (block.heads + block.kv_heads) * spec.head_dim + ffn
-    return (2 if precision == "bf16" else 4) * kept + 4 * (block.heads + ranks)
+    routing = -(-block.experts // 32) * 32 + spec.experts_used if block.experts else 0
+    return (2 if precision == "bf16" else 4) * kept + 4 * (block.heads + ranks + routing)
 
 
 @contextmanager
