@@ -74,7 +74,7 @@ $(PARITY_STAMP): tests/parity/requirements.txt | build
 	@.parity/bin/python -c 'import sysconfig; open(sysconfig.get_path("purelib") + "/nomoat_venv.pth", "w").write("import site; site.addsitedir(%r)\n" % "'"$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"'")'
 	@touch $@
 
-parity: model $(PARITY_STAMP) ## Compare with torch, transformers and PEFT, in their own environment
+parity: model $(PARITY_STAMP) ## Compare with torch, transformers, PEFT and llama.cpp, in their own environment
 	@model=$$($(MODEL_PATH)) && NOMOAT_SMOLLM2="$$model" .parity/bin/python -m pytest -q -W default tests/parity
 
 sanitize: build ## Run the native tests under the address and undefined-behaviour sanitizers

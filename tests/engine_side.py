@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import numpy.typing as npt
 
 from nomoat.data.pack import Pack
 from nomoat.engine.stack import Adapter
-from nomoat.models.spec import TARGETS
+from nomoat.models.spec import TARGETS, ModelSpec
 from reference import Lora, Place
 
 if TYPE_CHECKING:
@@ -132,3 +133,14 @@ def joined(packs: list[Pack]) -> Pack:
         weights=np.concatenate([pack.weights for pack in packs]),
         examples=tuple(range(sum(len(pack.examples) for pack in packs))),
     )
+
+
+def rounding(spec: ModelSpec, rows: int) -> float:
+    """How far two computations in float32 may be apart, relative to the length of the result.
+
+    Each of the linears on a path rounds sums of K products (eps * sqrt(K)), on either side; angles are off by a rounding of the
+    position (eps * rows). Activations and softmax add less than the linears do.
+    """
+    eps = float(np.finfo(np.float32).eps)
+    columns = max(spec.linear_shape(target, layer)[1] for layer, target in spec.places())
+    return 2 * eps * (7 * spec.layers * math.sqrt(columns) + rows)

@@ -1,8 +1,8 @@
 """Tiny random Llama models for tests, as GGUF files and as Hugging Face folders.
 
 `tiny_llama(path)` and `tiny_hf(folder)` with the same shape and seed hold the same weights; in the GGUF the rows of q and k are
-permuted for interleaved rotation, as llama.cpp's converter does. The tokenizer is byte-level BPE: 3 control tokens, 256 bytes,
-a few merges. Weights by engine name ("embed", "blk.0.q", ...) are float32 in Hugging Face row order.
+permuted for interleaved rotation, as llama.cpp's converter does. Weights by engine name ("embed", "blk.0.q", ...) are float32
+in Hugging Face row order. Other architectures, without the freedom to change single values: tests/architectures.py.
 """
 
 from __future__ import annotations
@@ -17,18 +17,14 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 from gguf.quants import quantize
+from tools.synthetic import hf_folder
+from tools.synthetic.blocks import block_bytes
+from tools.synthetic.gguf_file import add_key
+from tools.synthetic.randomness import Stream
+from tools.synthetic.vocabulary import gguf_tokenizer, write_hf_tokenizer
+from tools.synthetic.weights import stored
 
 Weights = dict[str, npt.NDArray[np.float32]]
-
-CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-MERGES = ("t h", "Ġ t", "Ġt h", "Ġth e", "i n", "e r", "Ġ a", "o n", "r e", "e n", "a t", "in g")
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-MIN_VOCAB = len(CONTROL) + 256 + len(MERGES)
 
 
 @dataclass(frozen=True)
@@ -137,7 +133,7 @@ def tiny_llama(
     """
     shape = Shape(**dimensions)
     weights = tiny_weights(shape, seed) if weights is None else weights
-    keys = _gguf_keys(shape) | (_gguf_tokenizer(shape.vocab) if tokenizer else {}) | (metadata or {})
+    keys = _gguf_keys(shape) | (gguf_tokenizer(shape.vocab) if tokenizer else {}) | (metadata or {})
     architecture = keys.pop("general.architecture", "llama")
     writer = gguf.GGUFWriter(path, architecture or "llama")
     if architecture is None:
@@ -146,11 +142,10 @@ def tiny_llama(
         _add(writer, key, value)
     if shape.rope_scaling and shape.rope_scaling["rope_type"] == "llama3":
         writer.add_tensor("rope_freqs.weight", llama3_factors(shape))
-    rng = np.random.default_rng(seed + 1)
     for engine, matrix in weights.items():
         if engine.endswith((".q", ".k")):
             matrix = interleave(matrix, shape.heads if engine.endswith("q") else shape.kv_heads)
-        write_tensor(writer, source_name(engine, hf=False), matrix, type if matrix.ndim == 2 else "F32", rng)
+        write_tensor(writer, source_name(engine, hf=False), matrix, type if matrix.ndim == 2 else "F32", seed)
     for name, tensor in (extra or {}).items():
         writer.add_tensor(name, tensor)
     writer.write_header_to_file()
@@ -160,43 +155,16 @@ def tiny_llama(
     return path
 
 
-def write_tensor(
-    writer: gguf.GGUFWriter, name: str, matrix: npt.NDArray[np.float32], type: str, rng: np.random.Generator | None = None
-) -> None:
+def write_tensor(writer: gguf.GGUFWriter, name: str, matrix: npt.NDArray[np.float32], type: str, seed: int = 0) -> None:
     """Adds one tensor in a GGUF type."""
     kind = gguf.GGMLQuantizationType[type]
     if type in ("F32", "F16"):
         writer.add_tensor(name, matrix.astype(np.float32 if type == "F32" else np.float16))
-    elif type in _BLOCKS:
-        assert rng is not None
-        writer.add_tensor(name, random_blocks(type, matrix.shape[0], matrix.shape[1], rng), raw_dtype=kind)
+    elif type.endswith("_K") or type.startswith("IQ4"):  # what `gguf` decodes but cannot quantize to
+        pieces = list(block_bytes(type, Stream(seed, name), len(matrix), matrix.shape[1], matrix.shape[1] ** -0.5))
+        writer.add_tensor(name, np.concatenate(pieces).reshape(len(matrix), -1), raw_dtype=kind)
     else:
         writer.add_tensor(name, quantize(matrix, kind), raw_dtype=kind)
-
-
-#: Types that `gguf` decodes but cannot quantize to: where a block's float16 d and dmin are, the middle of the codes where there
-#: are mins (weight = d * scale * q - dmin * min), and about the size of a weight per unit of d.
-_BLOCKS: dict[str, tuple[int, int | None, float, float]] = {
-    "Q2_K": (80, 82, 1.5, 14),
-    "Q3_K": (108, None, 0, 43),
-    "Q4_K": (0, 2, 7.5, 250),
-    "Q5_K": (0, 2, 15.5, 500),
-    "Q6_K": (208, None, 0, 1400),
-    "IQ4_NL": (0, None, 0, 67),
-    "IQ4_XS": (0, None, 0, 1250),
-}
-
-
-def random_blocks(type: str, rows: int, columns: int, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
-    """Random valid blocks uint8 [rows, bytes] whose weights are about 1 / sqrt(columns) in size and centred near 0."""
-    d_at, dmin_at, middle, spread = _BLOCKS[type]
-    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type]]
-    blocks = rng.integers(0, 256, (rows * (columns // block), size), dtype=np.uint8)
-    d = (rng.uniform(0.5, 1.0, len(blocks)) / (spread * np.sqrt(columns))).astype("<f2")
-    blocks[:, d_at : d_at + 2] = d.view(np.uint8).reshape(-1, 2)
-    if dmin_at is not None:
-        blocks[:, dmin_at : dmin_at + 2] = (d.astype(np.float32) * middle).astype("<f2").view(np.uint8).reshape(-1, 2)
-    return blocks.reshape(rows, -1)
 
 
 def llama3_factors(shape: Shape) -> npt.NDArray[np.float32]:
@@ -216,24 +184,6 @@ def llama3_factors(shape: Shape) -> npt.NDArray[np.float32]:
             smooth = (original / wave - low) / (high - low)
             found.append(1 / ((1 - smooth) / factor + smooth))
     return np.array(found, np.float32)
-
-
-def vocabulary(size: int) -> tuple[list[str], list[int]]:
-    """Token texts in GPT-2's byte alphabet and GGUF token types, filled up with unused ones."""
-    from_merges = [merge.replace(" ", "") for merge in MERGES]
-    tokens = [*CONTROL, *byte_alphabet(), *from_merges]
-    types = [3] * len(CONTROL) + [1] * (256 + len(MERGES))
-    if size < len(tokens):
-        raise ValueError(f"a vocabulary of {size} does not hold {len(tokens)} tokens")
-    unused = size - len(tokens)
-    return tokens + [f"<unused{i}>" for i in range(unused)], types + [5] * unused
-
-
-def byte_alphabet() -> list[str]:
-    """The printable character that stands for each byte in byte-level BPE, by byte value."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = iter(range(256, 512))
-    return [chr(byte if byte in plain else next(others)) for byte in range(256)]
 
 
 def _gguf_keys(shape: Shape) -> dict[str, Any]:
@@ -257,37 +207,10 @@ def _gguf_keys(shape: Shape) -> dict[str, Any]:
     return keys
 
 
-def _gguf_tokenizer(vocab: int) -> dict[str, Any]:
-    tokens, types = vocabulary(vocab)
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "gpt-2",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.merges": list(MERGES),
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.padding_token_id": 2,
-        "tokenizer.ggml.add_bos_token": False,
-        "tokenizer.ggml.add_space_prefix": False,
-        "tokenizer.chat_template": CHAT_TEMPLATE,
-    }
-
-
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
-    """A key in the GGUF type that converters use for it: bool, string, float32, array, else uint32 or (negative) int32."""
-    if value is None:
-        return
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif isinstance(value, int):
-        (writer.add_int32 if value < 0 else writer.add_uint32)(key, value)
-    else:
-        writer.add_array(key, value)
+    """A key in the GGUF type that converters use for it; None adds nothing."""
+    if value is not None:
+        add_key(writer, key, value)
 
 
 def tiny_hf(
@@ -306,24 +229,14 @@ def tiny_hf(
     keys = {key: value for key, value in (_hf_config(shape) | (config or {})).items() if value is not None}
     (folder / "config.json").write_text(json.dumps(keys, indent=2))
     write_safetensors(folder / "model.safetensors", {source_name(e, hf=True): m for e, m in weights.items()}, dtype)
-    _hf_tokenizer(folder, shape.vocab)
+    write_hf_tokenizer(folder, shape.vocab)
     return folder
 
 
 def write_safetensors(path: Path, arrays: dict[str, npt.NDArray[np.float32]], dtype: str = "F32") -> None:
-    """Safetensors file of float32, float16 or bfloat16 (rounded to nearest even) tensors: length, JSON header, bytes."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    data = b""
-    for name, array in arrays.items():
-        if dtype == "BF16":
-            stored = quantize(array.reshape(1, -1), gguf.GGMLQuantizationType.BF16).tobytes()
-        else:
-            stored = array.astype("<f4" if dtype == "F32" else "<f2").tobytes()
-        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [len(data), len(data) + len(stored)]}
-        data += stored
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    """Safetensors file of float32, float16 or bfloat16 (rounded to nearest even) tensors."""
+    pieces = (stored(np.ascontiguousarray(array), dtype) for array in arrays.values())
+    hf_folder.write_safetensors(path, {name: array.shape for name, array in arrays.items()}, pieces, dtype)
 
 
 def _hf_config(shape: Shape) -> dict[str, Any]:
@@ -349,24 +262,3 @@ def _hf_config(shape: Shape) -> dict[str, Any]:
         "eos_token_id": 2,
         "torch_dtype": "float32",
     }
-
-
-def _hf_tokenizer(folder: Path, vocab: int) -> None:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    tokens, _ = vocabulary(vocab)
-    bpe = models.BPE(
-        vocab={token: i for i, token in enumerate(tokens)}, merges=[(a, b) for a, b in (m.split(" ") for m in MERGES)]
-    )
-    tokenizer = Tokenizer(bpe)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in CONTROL])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    special = {"bos_token": CONTROL[1], "eos_token": CONTROL[2], "unk_token": CONTROL[0], "pad_token": CONTROL[2]}
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(
-            special | {"chat_template": CHAT_TEMPLATE, "add_bos_token": False, "tokenizer_class": "PreTrainedTokenizerFast"}
-        )
-    )
-    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}))

@@ -49,6 +49,15 @@ def peak_rss_mb() -> float:
     return (peak if sys.platform == "darwin" else peak * 1024) / 1e6
 
 
+def rss_mb() -> float:
+    """Resident memory of this process now, pages of mapped files included, in MB of 10^6 bytes; 0 where /proc is not there."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE") / 1e6
+    except OSError:
+        return 0.0
+
+
 class Side:
     """A child process that serves `module` (for example "bench.peers.llamacpp_side") under the interpreter `python`."""
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-from bench.peers.channel import serve
+from bench.peers.channel import peak_rss_mb, rss_mb, serve
 
 state: dict[str, Any] = {}
 
@@ -110,5 +110,10 @@ def decode(tokens: list[int], count: int) -> dict[str, Any]:
     return {"seconds": total}
 
 
+def memory() -> dict[str, Any]:
+    """Resident memory now, and its peak."""
+    return {"rss_mb": rss_mb(), "peak_rss_mb": peak_rss_mb()}
+
+
 if __name__ == "__main__":
-    serve({"load": load, "logits": logits, "prefill": prefill, "decode": decode})
+    serve({"load": load, "logits": logits, "prefill": prefill, "decode": decode, "memory": memory})

@@ -5,10 +5,14 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from bench.peers.channel import serve
+import numpy as np
+from bench.peers.channel import peak_rss_mb, rss_mb, serve
 
+from nomoat.data.pack import Pack
 from nomoat.engine.kv import Sequence
+from nomoat.engine.lora import TrainableLora
 from nomoat.engine.model import FORWARD_ROWS, Model
+from nomoat.train.optimizer import AdamW
 
 state: dict[str, Any] = {}
 
@@ -51,5 +55,26 @@ def decode(tokens: list[int], count: int) -> dict[str, Any]:
     return {"seconds": seconds}
 
 
+def train(tokens: list[int], rank: int) -> dict[str, Any]:
+    """Seconds for a step of LoRA on all linears of one sequence whose tokens all carry loss: gradients and AdamW."""
+    model: Model = state["model"]
+    if "lora" not in state:
+        state["lora"] = TrainableLora(model.spec, rank=rank, alpha=2.0 * rank)
+        state["optimizer"] = AdamW(state["lora"].parameters, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    lora: TrainableLora = state["lora"]
+    given = np.asarray(tokens, np.int32)
+    rows = Pack(given, np.array([0, len(given)], np.int32), np.roll(given, -1), np.ones(len(given), np.float32), (0,))
+    began = time.perf_counter()
+    lora.zero_grad()
+    logp = model.loss_gradients(rows, lora, np.full(len(given), -1 / len(given), np.float32))
+    state["optimizer"].update(lora.gradients, rate=1e-4, scale=1.0)
+    return {"seconds": time.perf_counter() - began, "loss": -float(logp.mean())}
+
+
+def memory() -> dict[str, Any]:
+    """Resident memory now, and its peak."""
+    return {"rss_mb": rss_mb(), "peak_rss_mb": peak_rss_mb()}
+
+
 if __name__ == "__main__":
-    serve({"load": load, "prefill": prefill, "decode": decode})
+    serve({"load": load, "prefill": prefill, "decode": decode, "train": train, "memory": memory})

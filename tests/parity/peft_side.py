@@ -1,7 +1,13 @@
-"""The other side of every comparison: transformers' Llama with PEFT's LoRA, driven with our weights, adapters and packs."""
+"""The other side of every comparison: models of transformers with PEFT's LoRA, driven with our weights, adapters and packs.
+
+Where transformers keeps several of our linears in one module (qkv_proj, gate_up_proj), one LoRA covers them: it is ours if
+their A are the same. Its gradients are then the sum of their dA, and their dB one below the other. Such a group is named by its
+first place.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +17,10 @@ import numpy.typing as npt
 import torch
 from gguf.quants import dequantize, quantize
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from nomoat.data.pack import Pack
-from nomoat.models.llama import PEFT_MODULES
+from nomoat.models import ModelSpec, spec_from_hf
 from reference import Lora, Place
 from tiny import Weights
 
@@ -27,34 +33,79 @@ def q8_grid(weights: Weights) -> Weights:
     return {name: dequantize(quantize(w, kind), kind) if w.ndim == 2 else w for name, w in weights.items()}
 
 
-def load_base(folder: Path, dtype: torch.dtype) -> LlamaForCausalLM:
-    return LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+def load_base(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Raises AssertionError where the folder's tensors are not the model's (but for what looks at images)."""
+    plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model, told = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **plain)
+    wrong = {key for what in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in told[what]}
+    assert not {key for key in wrong if not key.startswith(("model.vision_tower.", "model.multi_modal_projector."))}
+    return model.eval()
 
 
-def with_lora(base: LlamaForCausalLM, lora: Lora) -> PeftModel:
+def groups(spec: ModelSpec) -> dict[str, list[Place]]:
+    """Module name -> the places it holds, in the order of its rows."""
+    found: dict[str, list[tuple[int, Place]]] = {}
+    for layer, target in spec.places():
+        source = spec.tensors[f"blk.{layer}.{target}"]
+        found.setdefault(source.names[0].removesuffix(".weight"), []).append((source.first, (layer, target)))
+    return {module: [place for _, place in sorted(places)] for module, places in found.items()}
+
+
+def shared(spec: ModelSpec, lora: Lora) -> Lora:
+    """The adapter with one A in every group."""
+    first = {place: places[0] for places in groups(spec).values() for place in places if place in lora}
+    return {place: (lora[first[place]][0], b, scale) for place, (_, b, scale) in lora.items()}
+
+
+def fused(spec: ModelSpec, gradients: Mapping[Place, Any]) -> Gradients:
+    """Our gradients as PEFT has them."""
+    return {
+        places[0]: (sum(gradients[place][0] for place in places), np.concatenate([gradients[place][1] for place in places]))
+        for places in groups(spec).values()
+        if places[0] in gradients
+    }
+
+
+def with_lora(base: PreTrainedModel, lora: Lora) -> PeftModel:
     """PEFT's LoRA holding the given A and B (Hugging Face row order)."""
-    rank = next(iter(lora.values()))[0].shape[0]
-    scale = next(iter(lora.values()))[2]
-    targets = sorted({PEFT_MODULES[target].split(".")[1] for _, target in lora})
-    config = LoraConfig(r=rank, lora_alpha=scale * rank, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")
+    spec = spec_of(base)
+    wanted = {module: places for module, places in groups(spec).items() if places[0] in lora}
+    assert {place for places in wanted.values() for place in places} == lora.keys()
+    a, _, scale = next(iter(lora.values()))
+    names = [path(base, module) for module in wanted]
+    config = LoraConfig(r=len(a), lora_alpha=scale * len(a), target_modules=names, lora_dropout=0.0, task_type="CAUSAL_LM")
     model = get_peft_model(base, config).eval()
-    modules = lora_modules(model)
-    assert modules.keys() == lora.keys()
+    pairs = lora_modules(model)
+    assert pairs.keys() == {places[0] for places in wanted.values()}
     with torch.no_grad():
-        for place, (a, b, _) in lora.items():
-            for module, values in zip(modules[place], (a, b), strict=True):
+        for places in wanted.values():
+            assert all(np.array_equal(lora[place][0], lora[places[0]][0]) for place in places)
+            b = np.concatenate([lora[place][1] for place in places])
+            for module, values in zip(pairs[places[0]], (lora[places[0]][0], b), strict=True):
                 module.weight.copy_(torch.from_numpy(np.ascontiguousarray(values)))
     return model
+
+
+def path(model: PreTrainedModel, module: str) -> str:
+    """The whole name of a module of the language model, which may be a part of something larger."""
+    end = module.removeprefix("model.")
+    (found,) = (str(name) for name, _ in model.named_modules() if name.endswith(f".{end}") and "vision" not in name)
+    return found
+
+
+def spec_of(model: PreTrainedModel) -> ModelSpec:
+    """Our description of a model of transformers."""
+    return spec_from_hf(model.config.to_dict(), None)
 
 
 def lora_modules(model: PeftModel) -> dict[Place, tuple[torch.nn.Linear, torch.nn.Linear]]:
     """The A and B modules of every adapted linear."""
     found = {}
-    for i, layer in enumerate(model.base_model.model.model.layers):
-        for target, name in PEFT_MODULES.items():
-            module = layer.get_submodule(name)
-            if hasattr(module, "lora_A"):
-                found[i, target] = (module.lora_A["default"], module.lora_B["default"])
+    base = model.base_model.model
+    for name, places in groups(spec_of(base)).items():
+        module = base.get_submodule(path(base, name))
+        if hasattr(module, "lora_A"):
+            found[places[0]] = (module.lora_A["default"], module.lora_B["default"])
     return found
 
 
