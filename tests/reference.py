@@ -191,8 +191,8 @@ class Reference:
     def _mlp(self, i: int, lora: Lora, h: Array) -> Array:
         act = gelu if self.spec.activation == "gelu" else silu
         if self.spec.blocks[i].experts:
-            parts = [self.weights[f"blk.{i}.{part}"] for part in ("router", "gate", "up", "down")]
-            return experts(h, *parts, self.spec.experts_used, self.spec.expert_norm, act)
+            router, gate, up, down = (self.weights[f"blk.{i}.{part}"] for part in ("router", "gate", "up", "down"))
+            return experts(h, router, gate, up, down, self.spec.experts_used, self.spec.expert_norm, act)
         up = self._linear(i, "up", lora, h)
         return self._linear(i, "down", lora, act(self._linear(i, "gate", lora, h)) * up if self.spec.gated else act(up))
 

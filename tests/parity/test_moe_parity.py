@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tools.synthetic.vocabulary import write_hf_tokenizer
 
 from nomoat.engine.model import Model
-from tiny import _hf_tokenizer
 
 TOKENS = list(range(3, 30))
 COMMON: dict[str, Any] = {
@@ -40,7 +40,7 @@ def test_logits(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     theirs = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**COMMON | config)).eval()
     theirs.save_pretrained(tmp_path)
-    _hf_tokenizer(tmp_path, 288)
+    write_hf_tokenizer(tmp_path, 288)
     with torch.no_grad():
         expected = theirs(torch.tensor([TOKENS])).logits[0].numpy()
     ours = Model.load(tmp_path, quantize="none")
