@@ -208,7 +208,7 @@ constexpr std::pair<const char*, const float* Layer::*> kWide[] = {
     {"attn_norm", &Layer::attn_norm}, {"attn_norm_bias", &Layer::attn_norm_bias}, {"attn_post_norm", &Layer::attn_post_norm},
     {"mlp_norm", &Layer::mlp_norm},   {"mlp_norm_bias", &Layer::mlp_norm_bias},   {"mlp_post_norm", &Layer::mlp_post_norm},
 };
-constexpr const char* kBias[kTargets] = {"q_bias", "k_bias", "v_bias", "o_bias", "", "up_bias", "down_bias"};
+constexpr const char* kBias[kTargets] = {"q_bias", "k_bias", "v_bias", "o_bias", "gate_bias", "up_bias", "down_bias"};
 
 void set_vector(PyEngine& e, int layer, const std::string& name, const ConstFloats& values) {
   const float** place = nullptr;

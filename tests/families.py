@@ -59,7 +59,7 @@ FEATURES: dict[str, ModelSpec] = {
     ),
     "layers of their own": family(blocks=(LayerSpec(2, 2, 56), LayerSpec(6, 1, 24), LayerSpec(3, 3, 40))),
     "q, k and v biases": family((*NORMS, *QKV_BIASES)),
-    "all biases": family((*NORMS, *QKV_BIASES, "o_bias", "up_bias", "down_bias")),
+    "all biases": family((*NORMS, *QKV_BIASES, "o_bias", "gate_bias", "up_bias", "down_bias")),
     "head norms": family((*NORMS, *HEAD_NORMS), qk_norm="head"),
     "row norms": family((*NORMS, *HEAD_NORMS), qk_norm="row"),
     "layer norm": family((*NORMS, "attn_norm_bias", "mlp_norm_bias"), ("final_norm_bias",), norm="layer"),

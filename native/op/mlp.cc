@@ -45,7 +45,7 @@ void mlp_forward(Engine& engine, int layer, Mode mode, float* x, const Batch& ba
   float *gate = gated ? engine.gate.get<float>(rows * ffn) : nullptr, *up = engine.up.get<float>(rows * ffn),
         *act = engine.act.get<float>(rows * ffn);
   const LinearJob jobs[] = {
-      {&own.w[kGate], kGate, gate, ffn, false, tape ? &tape->u[kGate] : nullptr},
+      {&own.w[kGate], kGate, gate, ffn, false, tape ? &tape->u[kGate] : nullptr, own.bias[kGate]},
       {&own.w[kUp], kUp, up, ffn, false, tape ? &tape->u[kUp] : nullptr, own.bias[kUp]},
   };
   linear(engine, input, jobs + !gated, 1 + gated, batch, layer);

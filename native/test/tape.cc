@@ -78,7 +78,7 @@ struct Model {
   }
 
   void add_vectors(Layer& own, const Dims& d) {
-    for (int t : {kQ, kK, kV, kO, kUp, kDown}) own.bias[size_t(t)] = vector(linear_shape(d, own, t).first, 0);
+    for (int t = 0; t < kTargets; t++) own.bias[size_t(t)] = vector(linear_shape(d, own, t).first, 0);
     own.attn_post_norm = vector(d.width, 1);
     own.mlp_post_norm = vector(d.width, 1);
     if (d.layer_norm) own.attn_norm_bias = vector(d.width, 0);
