@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
 from pathlib import Path
 from typing import Any, cast
@@ -148,19 +149,20 @@ def random_weights(spec: ModelSpec) -> dict[str, npt.NDArray[np.float32]]:
 
 
 def model_of(spec: ModelSpec, weights: dict[str, npt.NDArray[np.float32]], type: str = "F32") -> Model:
-    """A model that came from no file and has no tokenizer; matrices in a GGUF type."""
+    """A model that came from no file and has no tokenizer; matrices in a GGUF type, routers in float32."""
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 
-    format, packed = GgmlType[type], {}
+    packed = {}
     for name, values in weights.items():
         if values.ndim == 1:
             padded = np.zeros(-(-len(values) // 32) * 32, np.float32)
             padded[: len(values)] = values
             packed[name] = PackedTensor(GgmlType.F32, 0, len(values), padded.view(np.uint8))
             continue
-        rows, cols = values.shape
-        data = np.empty(_native.packed_bytes(format, rows, cols), np.uint8)
-        _native.pack(format, rows, cols, quantize(values, GGMLQuantizationType[type]).view(np.uint8).reshape(-1), data)
-        packed[name] = PackedTensor(format, rows, cols, data)
+        rows, cols = math.prod(values.shape[:-1]), values.shape[-1]  # experts lie one below the other
+        kind = GGMLQuantizationType["F32" if name.endswith("router") else type]
+        data = np.empty(_native.packed_bytes(kind, rows, cols), np.uint8)
+        _native.pack(kind, rows, cols, quantize(values.reshape(rows, cols), kind).view(np.uint8).reshape(-1), data)
+        packed[name] = PackedTensor(kind, rows, cols, data)
     return Model(Path("tiny"), spec, Weights(packed, "0" * 64), cast(Tokenizer, None), None)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
@@ -16,11 +15,12 @@ from gguf.quants import dequantize, quantize
 
 import reference
 from engine_side import Trained, adapter_of, cosine, flat, joined, random_pack, relative_error
+from families import NORMS, POST_NORMS, model_of, rope
 from nomoat.data.pack import Pack
 from nomoat.engine.stack import Adapter
 from nomoat.errors import AdapterError, ModelError
 from nomoat.files.ggml import GgmlType
-from nomoat.models.spec import LayerSpec, ModelSpec, RopeSpec, Source
+from nomoat.models.spec import TARGETS, LayerSpec, ModelSpec, Source
 from reference import Reference, random_lora
 from test_engine_prefix import examples, step
 
@@ -32,7 +32,7 @@ from nomoat.engine.kv import Sequence
 from nomoat.engine.lora import TrainableLora
 from nomoat.engine.model import Model, _share_prefix, activation_bytes
 from nomoat.engine.stack import Stack
-from nomoat.engine.weights import PackedTensor, Weights, load_weights
+from nomoat.engine.weights import load_weights
 
 EXPERTS = 5
 TOKENS = np.random.default_rng(2).integers(0, 96, 40).tolist()
@@ -48,10 +48,11 @@ class Built(NamedTuple):
     reference: Reference
 
 
-def spec_of(width: int, ffn: int, used: int, expert_norm: bool, layers: str = "ee") -> ModelSpec:
-    """Layers are "e" with experts or "d" dense, whose MLP is wider."""
+def spec_of(
+    width: int, ffn: int, used: int, expert_norm: bool, layers: str = "ee", vectors: tuple[str, ...] = NORMS, **fields: Any
+) -> ModelSpec:
+    """Layers are "e" with experts or "d" dense, whose MLP is wider; each has the vectors named."""
     block = {"e": LayerSpec(4, 2, ffn, experts=EXPERTS), "d": LayerSpec(4, 2, 2 * ffn)}
-    rope = RopeSpec(8, False, (1e4 ** (-np.arange(4) / 4)).astype(np.float32))
     spec = ModelSpec(
         architecture="experts",
         name="tiny experts",
@@ -62,38 +63,31 @@ def spec_of(width: int, ffn: int, used: int, expert_norm: bool, layers: str = "e
         norm_eps=1e-5,
         tied_head=True,
         blocks=tuple(block[kind] for kind in layers),
-        ropes=(rope,),
+        ropes=(rope(8),),
         experts_used=used,
         expert_norm=expert_norm,
+        **fields,
     )
     names = ["embed", "final_norm"]
     for i, kind in enumerate(layers):
-        parts = ["attn_norm", "mlp_norm", "q", "k", "v", "o", "gate", "up", "down", *(["router"] if kind == "e" else [])]
-        names += [f"blk.{i}.{part}" for part in parts]
+        names += [f"blk.{i}.{part}" for part in (*vectors, *TARGETS, *(["router"] if kind == "e" else []))]
     return dataclasses.replace(spec, tensors={name: Source((name,)) for name in names})
 
 
 def build(spec: ModelSpec, type: str, seed: int) -> Built:
-    """Random weights in one format, norms and routers in float32; the reference has the values that the packed weights mean."""
+    """Random weights of a format, routers and vectors in float32; the reference has the values that the format leaves of them."""
     rng = np.random.default_rng(seed)
-    weights, packed = {}, {}
+    kind, weights = gguf.GGMLQuantizationType[type], {}
     for name in spec.tensors:
         shape = spec.tensor_shape(name)
+        values = rng.standard_normal(shape).astype(np.float32)
         if len(shape) == 1:
-            weights[name] = (1 + 0.2 * rng.standard_normal(shape)).astype(np.float32)
-            data = np.pad(weights[name], (0, -shape[0] % 32)).view(np.uint8)
-            packed[name] = PackedTensor(GgmlType.F32, 0, shape[0], data)
+            weights[name] = 0.3 * values if name.endswith("bias") else 1 + 0.2 * values
             continue
-        rows, cols = math.prod(shape[:-1]), shape[-1]
-        matrix = (rng.standard_normal(shape) / np.sqrt(cols)).astype(np.float32).reshape(rows, cols)
-        kind = gguf.GGMLQuantizationType["F32" if name.endswith("router") else type]
-        raw = matrix if kind.name == "F32" else quantize(matrix, kind)
-        weights[name] = (matrix if kind.name == "F32" else dequantize(raw, kind)).reshape(shape)
-        out = np.empty(_native.packed_bytes(kind, rows, cols), np.uint8)
-        _native.pack(kind, rows, cols, np.ascontiguousarray(raw).view(np.uint8).reshape(-1), out)
-        packed[name] = PackedTensor(kind, rows, cols, out)
-    nothing = cast(Any, None)  # no text here, so no tokenizer
-    return Built(Model(Path("experts"), spec, Weights(packed, "digest"), nothing, None), Reference(spec, weights))
+        values *= shape[-1] ** -0.5
+        stored = name.endswith("router") or type == "F32"
+        weights[name] = values if stored else dequantize(quantize(values.reshape(-1, shape[-1]), kind), kind).reshape(shape)
+    return Built(model_of(spec, weights, type), Reference(spec, weights))
 
 
 def margin(built: Built, tokens: Any, starts: Any = None, lora: Any = None) -> float:
@@ -114,9 +108,9 @@ def margin(built: Built, tokens: Any, starts: Any = None, lora: Any = None) -> f
     return least
 
 
-def without_ties(spec: ModelSpec, type: str, tokens: Any, starts: Any = None) -> Built:
+def without_ties(spec: ModelSpec, type: str, tokens: Any, starts: Any = None, least: float = MARGIN) -> Built:
     """The first seed that leaves every row a margin."""
-    return next(built for seed in itertools.count() if margin(built := build(spec, type, seed), tokens, starts) > MARGIN)
+    return next(built for seed in itertools.count() if margin(built := build(spec, type, seed), tokens, starts) > least)
 
 
 SHAPES = {"F32": (48, 48), "F16": (48, 48), "Q8_0": (64, 96), "Q4_0": (64, 64)}
@@ -169,9 +163,43 @@ def test_every_gradient_in_f32(case: Case) -> None:
 def test_every_gradient_in_bf16(case: Case) -> None:
     found, logp = case.trained.gradients(case.model, case.pack, "bf16")
     assert relative_error(logp, case.logp) < LOGIT_ERROR["bf16"]
+    assert cosine(flat(found), flat(case.gradients)) > 0.999
     for place, pair in case.gradients.items():
-        for part in (0, 1):
-            assert cosine(found[place][part], pair[part]) > 0.999, (place, "AB"[part])
+        for part in (0, 1):  # those of q and k are differences of larger numbers
+            assert cosine(found[place][part], pair[part]) > 0.995, (place, "AB"[part])
+
+
+#: what else surrounds the MLP of a layer
+SURROUNDINGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "gelu": (NORMS, {"activation": "gelu"}),
+    "residual scale": (NORMS, {"residual_scale": 0.3}),
+    "sandwich norms": ((*NORMS, *POST_NORMS), {"residual_scale": 0.7}),
+    "post-norms alone": (POST_NORMS, {}),
+    "layer norm": ((*NORMS, "attn_norm_bias", "mlp_norm_bias"), {"norm": "layer"}),
+}
+
+
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_norms_and_scales_around_experts(name: str) -> None:
+    """The derivative along the gradient is the gradient's length; layers that are run again have the same bits."""
+    vectors, fields = SURROUNDINGS[name]
+    pack = random_pack(96, (9, 3, 12), seed=6)
+    batch = (pack.tokens, pack.targets, pack.weights, pack.starts)
+    model, oracle = without_ties(spec_of(48, 48, 2, True, "ede", vectors, **fields), "F32", *batch[::3], least=1e-3)
+    trained = Trained(TrainableLora(model.spec, rank=3, alpha=6.0))
+    found, logp = trained.gradients(model, pack, "f32")
+    assert relative_error(logp, oracle.logprobs(*batch, trained.values())) < 1e-5
+    along = oracle.derivative(found, trained.values(), *batch)
+    assert along == pytest.approx(float(flat(found) @ flat(found)), rel=2e-5)
+    rng = np.random.default_rng(1)
+    other = {place: (rng.standard_normal(a.shape), rng.standard_normal(b.shape)) for place, (a, b) in found.items()}
+    length = float(np.linalg.norm(flat(other)))
+    expected = oracle.derivative(other, trained.values(), *batch) / length
+    assert float(flat(found) @ flat(other)) / length == pytest.approx(expected, abs=1e-5 * float(np.linalg.norm(flat(found))))
+    trained.lora.zero_grad()
+    weights = pack.weights[pack.weights != 0]
+    model.loss_gradients(pack, trained.lora, (-weights / weights.sum()).astype(np.float32), precision="f32", budget=0)
+    np.testing.assert_array_equal(flat(trained.by_place()), flat(found))
 
 
 @pytest.fixture(scope="module", params=["Q4_1", "F32"])
