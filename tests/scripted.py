@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pytest
 
 from nomoat.engine.generate import Completion, Sampling
+from nomoat.text.fim import Fim
 from nomoat.text.template import ChatTemplate
 
 BOS, EOS = 1, 2
@@ -29,8 +30,9 @@ class ByteTokenizer:
     eos_ids = frozenset({EOS})
     added = types.SimpleNamespace(control_strings=(END,))
 
-    def __init__(self, *, add_bos: bool = False) -> None:
+    def __init__(self, *, add_bos: bool = False, fim: Fim | None = None) -> None:
         self.add_bos = add_bos
+        self.fim = fim
 
     def encode(
         self, text: str, *, parse_special: bool = False, add_bos: bool | None = None, guard: str = "", **_: Any
@@ -87,6 +89,7 @@ class ScriptedModel(_Stand):
 
 class Session:
     def __init__(self, model: ScriptedModel, *, stack: Any = None) -> None:
+        self.model, self.stack = model, stack
         self.sequence = types.SimpleNamespace(tokens=[])
 
 

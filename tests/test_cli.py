@@ -26,6 +26,7 @@ from nomoat.errors import (
     NonFiniteError,
     NotFoundError,
     ResourceError,
+    SandboxError,
     TemplateError,
 )
 
@@ -131,6 +132,7 @@ ERRORS: list[tuple[NomoatError, int, str]] = [
     (ResourceError("needs 9 GB"), 3, "E_RESOURCE"),
     (NetworkError("offline"), 4, "E_NETWORK"),
     (NonFiniteError("NaN loss"), 5, "E_NONFINITE"),
+    (SandboxError("no bubblewrap"), 6, "E_SANDBOX"),
 ]
 
 

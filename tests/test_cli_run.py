@@ -21,6 +21,7 @@ from nomoat.cli.run import command
 from nomoat.cli.terminal import TerminalText, plain
 from nomoat.engine.generate import Sampling
 from nomoat.errors import InputError, NotFoundError
+from nomoat.text.fim import Fim
 from scripted import ScriptedModel
 
 Lines = list[str | BaseException]
@@ -259,6 +260,95 @@ def test_a_missing_model_is_fetched_first_and_only_then(monkeypatch: pytest.Monk
         with pytest.raises(NotFoundError):
             fetch_missing(missing)
     assert len(fetched) == 1
+
+
+# ---- filling a gap
+
+#: Its tokens read \x01 before the prefix, \x02 before the suffix, \x03 before the middle.
+FIM = Fim(scripted.FIRST_BYTE + 1, scripted.FIRST_BYTE + 2, scripted.FIRST_BYTE + 3, frozenset({99}))
+
+
+@pytest.fixture
+def fill(monkeypatch: pytest.MonkeyPatch, run: Callable[..., Result]) -> Callable[..., tuple[Result, list[Sampling]]]:
+    """`nomoat run MODEL --fim ...` on a scripted code model that repeats its prompt; gives the samplings it was asked for."""
+    import nomoat.adapters.open
+
+    def invoke(*arguments: str, stdin: bytes | None = None, fim: Fim | None = FIM) -> tuple[Result, list[Sampling]]:
+        model = ScriptedModel(answer=lambda prompt: prompt.replace("\x01", "[").replace("\x02", "|").replace("\x03", "]"))
+        model.tokenizer = scripted.ByteTokenizer(fim=fim)
+        monkeypatch.setattr(nomoat.adapters.open, "open_model", lambda name, **_: (model, None))
+        asked: list[Sampling] = []
+
+        def stream(model: ScriptedModel, prompt: list[int], sampling: Sampling, **rest: Any) -> Iterator[str]:
+            asked.append(sampling)
+            return scripted.stream(model, prompt, sampling, **rest)
+
+        monkeypatch.setattr("nomoat.engine.generate.stream", stream)
+        return run(*arguments, stdin=stdin), asked
+
+    return invoke
+
+
+def test_a_marker_says_where_the_gap_is(tmp_path: Path, fill: Callable[..., tuple[Result, list[Sampling]]]) -> None:
+    file = tmp_path / "half.py"
+    file.write_bytes(b"def f(x):\r\n    <FILL>\r\n  ")
+    result, (sampling,) = fill("--fim", str(file), "--json")
+    assert json.loads(result.stdout)["text"] == "[def f(x):\r\n    |\r\n  ]"
+    assert (sampling.temperature, sampling.continues, sampling.stop_tokens) == (0.0, True, frozenset({99}))
+    body = json.loads(result.stdout)
+    assert (body["finish_reason"], body["prompt_tokens"]) == ("stop", len("[def f(x):\r\n    |\r\n  ]"))
+
+
+def test_a_gap_from_stdin_and_with_a_suffix(fill: Callable[..., tuple[Result, list[Sampling]]]) -> None:
+    result, _ = fill("--fim", "-", stdin="ä<FILL>é".encode())
+    assert (result.exit_code, result.stdout) == (0, "[ä|é]\n")
+    result, (sampling,) = fill("--fim", "-", "--suffix", " end", "--temperature", "1", "--stats", stdin=b"say <FILL>")
+    assert result.stdout == "[say <FILL>| end]\n"
+    assert sampling.temperature == 1.0
+    assert "tokens/s" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("stdin", "code", "words"),
+    [
+        (b"no gap", "E_MARKER", "0 markers <FILL>: expected one"),
+        (b"<FILL><FILL>", "E_MARKER", "2 markers"),
+        (b"\xff<FILL>", "E_UTF8", "byte 0"),
+        (b"x" * ((16 << 20) + 1), "E_LIMIT", "16 MiB"),
+    ],
+)
+def test_a_text_without_one_gap_is_refused(
+    stdin: bytes, code: str, words: str, fill: Callable[..., tuple[Result, list[Sampling]]]
+) -> None:
+    result, asked = fill("--fim", "-", stdin=stdin)
+    assert isinstance(result.exception, InputError)
+    assert result.exception.code == code
+    assert words in str(result.exception)
+    assert not asked
+
+
+def test_a_model_that_cannot_fill_says_why(fill: Callable[..., tuple[Result, list[Sampling]]]) -> None:
+    result, asked = fill("--fim", "-", stdin=b"a<FILL>", fim=None)
+    assert isinstance(result.exception, InputError)
+    assert result.exception.code == "E_FIM"
+    assert "no tokens for prefix, suffix and middle" in str(result.exception)
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("--suffix", "x", "hello"), "--suffix needs --fim"),
+        (("--fim", "-", "hello"), "neither PROMPT nor --system"),
+        (("--fim", "-", "--system", "x"), "neither PROMPT nor --system"),
+        (("--fim", "/nonexistent"), "does not exist"),
+        (("--fim", "/"), "is a directory"),
+    ],
+)
+def test_options_that_do_not_go_together(given: tuple[str, ...], words: str, run: Callable[..., Result]) -> None:
+    result = run(*given, stdin=b"a<FILL>b")
+    assert result.exit_code == 2
+    assert words in result.stderr
 
 
 # ---- what may reach a terminal

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -201,3 +202,13 @@ def test_decoding_equals_scoring(model: Model) -> None:
 def test_streaming_gives_the_same_text(model: Model) -> None:
     for prompt in PROMPTS:
         assert "".join(stream(model, prompt, GREEDY)) == generate(model, [prompt], GREEDY)[0].text
+
+
+def test_an_answer_ends_at_a_stop_token_and_keeps_it_out_of_the_text(model: Model) -> None:
+    for prompt in PROMPTS:
+        tokens = generate(model, [prompt], GREEDY)[0].tokens
+        stop = tokens[len(tokens) // 2]
+        first = tokens.index(stop)
+        ended = generate(model, [prompt], replace(GREEDY, stop_tokens=frozenset({stop})))[0]
+        assert (ended.tokens, ended.finish_reason) == (tokens[: first + 1], "stop")
+        assert ended.text == model.tokenizer.decode(tokens[:first])

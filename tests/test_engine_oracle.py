@@ -255,6 +255,8 @@ def test_stories260k(shared_data: Path, tmp_path: Path) -> None:
     answer = generate(model, [tokens[:1]], Sampling(max_tokens=120))[0]  # int8 activations, through the cache
     assert answer.tokens == tokens[1:121]
     assert golden_text(source).startswith(answer.text)
+    going_on = generate(model, [tokens[:1]], Sampling(max_tokens=120, continues=True))[0]
+    assert going_on.text == " " + answer.text
 
 
 def test_lora_of_is_the_adapter(tmp_path: Path) -> None:

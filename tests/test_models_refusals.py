@@ -158,6 +158,8 @@ def test_missing_and_misshapen_tensors_of_folders(name: str) -> None:
     [
         ("llama", "model.layers.0.self_attn.q_proj.bias", "biases"),
         ("qwen2", "model.layers.1.self_attn.o_proj.bias", "biases"),
+        ("qwen2", "lm_head.bias", "biases"),
+        ("gemma3", "language_model.model.norm.bias", "biases"),
         ("starcoder2_no_bias", "model.layers.0.mlp.c_fc.bias", "biases"),
         ("mistral", "model.layers.0.block_sparse_moe.gate.weight", "experts"),
         ("mixtral", "model.layers.0.block_sparse_moe.experts.4.w1.weight", "experts"),

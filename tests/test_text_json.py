@@ -96,6 +96,37 @@ LAYOUTS: dict[str, Json] = {
         }
     ),
     "llama 2": sentencepiece({"type": "Sequence", "normalizers": [PREPEND, REPLACE]}, None),
+    "gemma": sentencepiece(
+        REPLACE, {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    ),
+    "phi 3": {
+        **sentencepiece({"type": "Sequence", "normalizers": [PREPEND, REPLACE]}, None),
+        "added_tokens": [
+            {**added_token(i, text, special=i != 2), "rstrip": i > 1} for i, text in enumerate(("<unk>", "<s>", "</s>"))
+        ],
+    },
+    "starcoder": byte_level(
+        pre_tokenizer={
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Digits", "individual_digits": True},
+                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+            ],
+        }
+    ),
+    "deepseek": byte_level(
+        pre_tokenizer={
+            "type": "Sequence",
+            "pretokenizers": [
+                *(
+                    {"type": "Split", "pattern": {"Regex": step}, "behavior": "Isolated", "invert": False}
+                    for step in PRE_TOKENIZERS["deepseek-coder"].steps[:4]
+                ),
+                {"type": "Digits", "individual_digits": True},
+                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+            ],
+        }
+    ),
     "metaspace always": sentencepiece(
         None, {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}
     ),
@@ -142,6 +173,20 @@ def test_a_hidden_control_token_is_no_text(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_folder(save(tmp_path, root))
     assert 259 not in tokenizer.encode("<e>")
     assert tokenizer.decode(tokenizer.encode("<e>")) == "<e>"
+
+
+def test_every_end_of_a_folder_is_one(tmp_path: Path) -> None:
+    """Llama 3.1's three ends of generation_config.json, an end by its text alone, and one that is not called special."""
+    texts = ["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "<|im_end|>", "<tool_call>"]
+    added = [added_token(300 + i, text, special=i < 3) for i, text in enumerate(texts)]
+    save(tmp_path, byte_level(added_tokens=added), tokenizer_config={"eos_token": "<|eot_id|>"})
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.eos_id == 302
+    assert tokenizer.eos_ids == {300, 301, 302, 303}
+    assert tokenizer.is_special(303)
+    assert not tokenizer.is_special(304)
+    save(tmp_path, byte_level(added_tokens=added), tokenizer_config={}, generation_config={"eos_token_id": [302, 304]})
+    assert Tokenizer.from_folder(tmp_path).eos_ids == {300, 301, 302, 303, 304}
 
 
 def _with_added(*entries: Any) -> Json:

@@ -55,7 +55,8 @@ inline void i8_tile(const uint8_t* planes, const uint8_t* scales, size_t strip_b
         const int sum = groups == 2 ? b.sum[h] : b.sum[0] + b.sum[1];
         const F dot = V::from_i32(exact_dot<V, Q, D>(w, x, granules * h, granules * (h + 1), sum));
         acc[m] = V::fma(dot, V::mul(scale[h], factor), acc[m]);
-        if constexpr (Q::has_min) acc[m] = V::fma(minimum[h], V::set1(groups == 2 ? b.scale * float(sum) : b.scaled_sum), acc[m]);
+        if constexpr (Q::has_min)
+          acc[m] = V::fma(minimum[h], groups == 2 ? V::mul(factor, V::from_i32(V::iset1(sum))) : V::set1(b.scaled_sum), acc[m]);
       }
     }
   }

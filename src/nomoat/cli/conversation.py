@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from nomoat.errors import InputError
 
 if TYPE_CHECKING:
-    from nomoat.engine.generate import Sampling
+    from nomoat.engine.generate import Sampling, Session
     from nomoat.engine.model import Model
     from nomoat.engine.stack import Stack
 
@@ -89,23 +90,33 @@ class Conversation:
         return tokens
 
     def _answer(self, prompt: list[int]) -> Iterator[str]:
-        from nomoat.engine.generate import stream
-
         room = self.model.spec.context - len(prompt)
         sampling = replace(self.sampling, max_tokens=min(self.sampling.max_tokens, room))
-        self.timing = timing = Timing(prompt_tokens=len(prompt), finish_reason="stopped")
-        began, said = time.perf_counter(), []
-        pieces = stream(self.model, prompt, sampling, stack=self.stack, session=self._session)
+        self.timing, said = Timing(), []
         try:
-            while True:
-                piece = next(pieces)
-                timing.first_token_seconds = timing.first_token_seconds or time.perf_counter() - began
-                said.append(piece)
-                yield piece
-        except StopIteration as end:
-            timing.tokens, timing.finish_reason = len(end.value.tokens), end.value.finish_reason
+            with closing(timed(self._session, prompt, sampling, self.timing)) as pieces:
+                for piece in pieces:
+                    said.append(piece)
+                    yield piece
         finally:
-            timing.seconds = time.perf_counter() - began
-            if timing.finish_reason == "stopped":  # the cache holds every token but the last
-                timing.tokens = len(self._session.sequence.tokens) - len(prompt) + 1
             self.messages.append({"role": "assistant", "content": "".join(said)})
+
+
+def timed(session: Session, prompt: list[int], sampling: Sampling, timing: Timing) -> Generator[str]:
+    """`engine.generate.stream` in `session`; fills `timing`, also when the caller stops early (closes the iterator)."""
+    from nomoat.engine.generate import stream
+
+    timing.prompt_tokens, timing.finish_reason = len(prompt), "stopped"
+    began = time.perf_counter()
+    pieces = stream(session.model, prompt, sampling, stack=session.stack, session=session)
+    try:
+        while True:
+            piece = next(pieces)
+            timing.first_token_seconds = timing.first_token_seconds or time.perf_counter() - began
+            yield piece
+    except StopIteration as end:
+        timing.tokens, timing.finish_reason = len(end.value.tokens), end.value.finish_reason
+    finally:
+        timing.seconds = time.perf_counter() - began
+        if timing.finish_reason == "stopped":  # the cache holds every token but the last
+            timing.tokens = len(session.sequence.tokens) - len(prompt) + 1

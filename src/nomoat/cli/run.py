@@ -6,7 +6,7 @@ import os
 import stat
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,7 +14,9 @@ from nomoat.cli.memory import larger_than_memory, say
 from nomoat.errors import InputError
 
 if TYPE_CHECKING:
-    from nomoat.cli.conversation import Conversation
+    from collections.abc import Iterator
+
+    from nomoat.cli.conversation import Timing
 
 #: Characters read from a pipe: far more than any context holds, and a bound on memory.
 MAX_STDIN = 16 << 20
@@ -27,7 +29,7 @@ MAX_STDIN = 16 << 20
 @click.option(
     "--temperature",
     type=click.FloatRange(0.0, 10.0),
-    help="0 takes the likeliest token. [default: 0.7; with an adapter 0, as in training and eval]",
+    help="0 takes the likeliest token. [default: 0.7; with an adapter 0, as in training and eval; with --fim 0]",
 )
 @click.option("--top-p", type=click.FloatRange(0.0, 1.0, min_open=True), default=0.95, show_default=True, help="Nucleus.")
 @click.option("--top-k", type=click.IntRange(0), default=0, help="Only the K likeliest tokens; 0 = all.")
@@ -39,6 +41,13 @@ MAX_STDIN = 16 << 20
 @click.option("--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Longest answer.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated.")
 @larger_than_memory
+@click.option(
+    "--fim",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, allow_dash=True),
+    help="Fill the gap that <FILL> marks in FILE (- is stdin), and print only that.",
+)
+@click.option("--suffix", metavar="TEXT", help="With --fim: what follows the gap; FILE is what comes before it.")
 @click.option("--stats", is_flag=True, help="Show tokens per second (one prompt: on stderr).")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with text, tokens and timings.")
 def command(
@@ -54,6 +63,8 @@ def command(
     max_tokens: int,
     stop: tuple[str, ...],
     larger_than_memory: bool,
+    fim: str | None,
+    suffix: str | None,
     stats: bool,
     as_json: bool,
 ) -> None:
@@ -66,20 +77,23 @@ def command(
     nomoat run smollm2:135m
     nomoat run smollm2:135m "Why is the sky blue?"
     cat letter.txt | nomoat run smollm2:135m "Summarise this letter:"
+    nomoat run ./qwen2.5-coder.gguf --fim half_written.py
     """
     began = time.perf_counter()
-    question = _question(prompt)
-    if question is None and as_json:
+    gap = _gap(fim, suffix, prompt, system)
+    question = _question(prompt) if gap is None else None
+    if question is None and gap is None and as_json:
         raise click.UsageError("--json needs a PROMPT or text on stdin")
     from nomoat.adapters.open import open_model
     from nomoat.cli.conversation import Conversation
     from nomoat.cli.fetch import fetch_missing
+    from nomoat.cli.fill import Filler
     from nomoat.engine.generate import Sampling
 
     fetch_missing(model)
     opened, stack = open_model(model, larger_than_memory=larger_than_memory, tell=say)
     if temperature is None:
-        temperature = 0.7 if stack is None else 0.0
+        temperature = 0.7 if stack is None and gap is None else 0.0
     if seed is None:
         seed = int.from_bytes(os.urandom(4)) >> 1
     sampling = Sampling(
@@ -92,17 +106,40 @@ def command(
         max_tokens=max_tokens,
         stop=stop,
     )
-    conversation = Conversation(opened, sampling, stack=stack, system=system)
-    load_seconds = time.perf_counter() - began
-    if question is None:
-        from nomoat.cli.chat import start
-        from nomoat.settings import history_file
-
-        start(conversation, f"{model}, context {opened.spec.context:,} tokens", stats=stats, history=history_file())
-    elif as_json:
-        _print_json(conversation, question, model, seed, load_seconds)
+    asked: Conversation | Filler
+    if gap is not None:
+        asked = Filler(opened, sampling, stack=stack)
+        answer = asked.fill(*gap)
     else:
-        _print_text(conversation, question, stats)
+        asked = Conversation(opened, sampling, stack=stack, system=system)
+        if question is None:
+            from nomoat.cli.chat import start
+            from nomoat.settings import history_file
+
+            start(asked, f"{model}, context {opened.spec.context:,} tokens", stats=stats, history=history_file())
+            return
+        answer = asked.ask(question)
+    load_seconds = time.perf_counter() - began
+    if as_json:
+        text = "".join(answer)
+        _print_json({"model": model, "text": text, "seed": seed, "load_seconds": round(load_seconds, 4)}, asked.timing)
+    else:
+        _print_text(answer)
+        if stats:
+            click.echo(asked.timing.line(), err=True)
+
+
+def _gap(fim: str | None, suffix: str | None, prompt: tuple[str, ...], system: str | None) -> tuple[str, str] | None:
+    """What stands before and after the gap that is to be filled; None without --fim."""
+    if fim is None:
+        if suffix is not None:
+            raise click.UsageError("--suffix needs --fim FILE")
+        return None
+    if prompt or system is not None:
+        raise click.UsageError("--fim takes all of its text from FILE: it goes with neither PROMPT nor --system")
+    from nomoat.cli.fill import read_gap
+
+    return read_gap(fim, suffix)
 
 
 def _question(prompt: tuple[str, ...]) -> str | None:
@@ -133,24 +170,20 @@ def _is_pipe_or_file() -> bool:
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
-def _print_text(conversation: Conversation, question: str, stats: bool) -> None:
+def _print_text(answer: Iterator[str]) -> None:
     from nomoat.cli.terminal import TerminalText
 
     shown, last = TerminalText(), "\n"
-    for piece in conversation.ask(question):
+    for piece in answer:
         text = shown.push(piece)
         sys.stdout.write(text)
         sys.stdout.flush()
         last = text[-1:] or last
     if last != "\n":
         sys.stdout.write("\n")
-    if stats:
-        click.echo(conversation.timing.line(), err=True)
 
 
-def _print_json(conversation: Conversation, question: str, model: str, seed: int, load_seconds: float) -> None:
+def _print_json(body: dict[str, Any], timing: Timing) -> None:
     import json
 
-    text = "".join(conversation.ask(question))
-    body = {"model": model, "text": text, "seed": seed, "load_seconds": round(load_seconds, 4)} | conversation.timing.as_dict()
-    click.echo(json.dumps(body))  # ASCII: control characters of the answer stay escaped
+    click.echo(json.dumps(body | timing.as_dict()))  # ASCII: control characters of the answer stay escaped

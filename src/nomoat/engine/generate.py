@@ -29,7 +29,9 @@ class Sampling:
     """How tokens are chosen: penalties, then top_k, min_p, top_p, then temperature. Raises InputError E_LIMIT.
 
     temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and the neutral penalties switch those off. The penalties look at the
-    answer so far. `stop` strings end the answer and are not part of it. `speculate` changes the speed, never the answer.
+    answer so far. `stop` strings end the answer and are not part of it; `stop_tokens` end it besides the model's own. An answer
+    that `continues` the text of the prompt keeps a space at its beginning, also in models that put one before any text.
+    `speculate` changes the speed, never the answer.
     """
 
     temperature: float = 0.0
@@ -43,6 +45,8 @@ class Sampling:
     max_tokens: int = 256
     stop: tuple[str, ...] = ()
     speculate: bool = True
+    stop_tokens: frozenset[int] = frozenset()
+    continues: bool = False
 
     def __post_init__(self) -> None:
         limits = {
@@ -98,7 +102,7 @@ class _Answer:
                 code="E_LIMIT",
             )
         self.limit = min(self.sampling.max_tokens, room)
-        self.decoder = StreamDecoder(self.model.tokenizer)
+        self.decoder = StreamDecoder(self.model.tokenizer, continues=self.sampling.continues)
         self.lookup = PromptLookup(self.prompt) if self.sampling.speculate else None
 
     def pending(self) -> list[int]:
@@ -143,7 +147,7 @@ class _Answer:
         if not np.isfinite(logits[token]):
             raise NonFiniteError("the model's logits are NaN or infinite")
         self.tokens.append(token)
-        if token in self.model.tokenizer.eos_ids:
+        if token in self.model.tokenizer.eos_ids or token in s.stop_tokens:
             self.finish = "stop"
         else:
             self._extend(self.decoder.push(token))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nomoat.errors import ModelError, printable
-from nomoat.files.gguf import GgufFile
+from nomoat.files.gguf import GgufFile, LazyArray
 from nomoat.models import check, rope, tensors
 from nomoat.models.arch import Architecture, Draft
 from nomoat.models.fields import (
@@ -154,9 +154,9 @@ def _biases(arch: Architecture, spec: ModelSpec, file: Contents) -> set[str]:
 def _vocabulary(keys: Fields, file: Contents) -> int:
     """Rows of the embedding, from the key or from the tokens, which must agree with it."""
     tokens = file.metadata.get("tokenizer.ggml.tokens")
-    if isinstance(tokens, str | int | float):
+    if tokens is not None and not isinstance(tokens, LazyArray):
         raise ModelError(f"{file.where}: `tokenizer.ggml.tokens` is not an array", code="E_TYPE")
-    count = 0 if tokens is None else len(tokens)  # type: ignore[arg-type]
+    count = 0 if tokens is None else len(tokens)
     vocab = keys.integer("vocab_size", 1, MAX_VOCAB, default=count)
     if tokens is not None:
         shape, _ = file.tensors.get(f"{tensors.GGUF_TOP['embed']}.weight", ((), ""))

@@ -48,7 +48,7 @@ def read(
         )
     check.experts(where, model.experts, len(names))
     spec = tensors.from_hf(arch, spec, model.biases, root)
-    check.left_out(where, spec, [tensor for tensor in names if tensor.startswith(f"{root}layers.")])
+    check.left_out(where, spec, [tensor for tensor in names if tensor.startswith((root, arch.roots[root]))])
     check.present(where, spec, names)
     harmless = (*HARMLESS, f"{arch.roots[root]}.weight") if spec.tied_head else HARMLESS
     spec = check.with_unused(spec, names, harmless)

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from nomoat.errors import FileFormatError, InputError, ModelError, printable
 from nomoat.text import pretokenizers, sentencepiece
 from nomoat.text.added import AddedToken
-from nomoat.text.tokenizer import SpacePrefix, Tokenizer, TokenType, Vocabulary
+from nomoat.text.fim import Fim, find_fim
+from nomoat.text.special import CONTROL_TEXTS, end_ids
+from nomoat.text.tokenizer import SPACE, SpacePrefix, Tokenizer, TokenType, Vocabulary, library_encoder
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
     import numpy.typing as npt
-    import tokenizers
 
     from nomoat.files.gguf import GgufFile, LazyArray
 
@@ -21,56 +24,49 @@ MAX_TOKENS = 1 << 20
 MAX_MERGES = 1 << 21
 MAX_TOKEN_CHARS = 1 << 14
 
-# Files name one id that ends an answer but chat models stop at several. These texts end one in every model that has them
-# as control tokens.
-END_TEXTS = frozenset(
-    ("</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|return|>", "<|call|>",
-     "<end_of_turn>", "<eos>", "<EOT>", "<|EOT|>", "<|end_of_turn|>", "<｜end▁of▁sentence｜>", "<|END_OF_TURN_TOKEN|>")
-)  # fmt: skip
-
+#: `tokenizer.ggml.model`
+KINDS = {"gpt2": "byte-level BPE", "llama": "SentencePiece", "gemma4": "BPE of characters"}
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 def tokenizer_from_gguf(file: GgufFile) -> Tokenizer:
     """See `Tokenizer.from_gguf`."""
     model = file.get_str("tokenizer.ggml.model")
-    if model not in ("gpt2", "llama"):
+    if model not in KINDS:
+        kinds = ", ".join(f"{name} ({what})" for name, what in KINDS.items())
         raise ModelError(
-            f"tokenizer kind `{printable(model[:80])}` (tokenizer.ggml.model):"
-            " nomoat knows gpt2 (byte-level BPE) and llama (SentencePiece)",
-            code="E_TOKENIZER",
+            f"tokenizer kind `{printable(model[:80])}` (tokenizer.ggml.model): nomoat knows {kinds}", code="E_TOKENIZER"
         )
-    byte_level = model == "gpt2"
     tokens, types = _tokens(file)
-    pre = pretokenizers.pre_tokenizer_spec(file.get_str("tokenizer.ggml.pre", default="(none)")) if byte_level else None
-    added = tuple(
-        AddedToken(i, tokens[i], control=types[i] == TokenType.CONTROL)
-        for i in _of_type(types, TokenType.CONTROL, TokenType.USER_DEFINED)
-        if tokens[i]
-    )
-    spaced = not byte_level and file.get_bool("tokenizer.ggml.add_space_prefix", default=True)
+    pre = pretokenizers.pre_tokenizer_spec(file.get_str("tokenizer.ggml.pre", default="(none)")) if model == "gpt2" else None
+    added = _added(tokens, types)
+    by_text = {token.content: token.id for token in added}
+    ends = [_id(file, key, len(tokens)) for key in ("eos", "eot", "eom")]
+    spaced = file.get_bool("tokenizer.ggml.add_space_prefix", default=model == "llama") and model != "gpt2"
     vocabulary = Vocabulary(
         tokens=tokens,
         types=types,
-        byte_level=byte_level,
+        byte_level=model == "gpt2",
         added=added,
         bos_id=_id(file, "bos", len(tokens)),
-        eos_id=_id(file, "eos", len(tokens)),
-        eos_ids=_end_ids(file, added, len(tokens)),
+        eos_id=ends[0],
+        eos_ids=frozenset(i for i in ends if i is not None) | end_ids({t.content: t.id for t in added if t.control}),
         add_bos=file.get_bool("tokenizer.ggml.add_bos_token", default=pre.add_bos if pre else True),
         space_prefix=SpacePrefix.PIECES if spaced else SpacePrefix.NEVER,
+        fim=_fim(file, by_text, len(tokens)),
     )
     try:
-        if pre is not None:
-            return Tokenizer(vocabulary, _byte_level_bpe(file, vocabulary, pre))
-        return Tokenizer(vocabulary, _sentencepiece(file, vocabulary))
+        if model == "llama":
+            return Tokenizer(vocabulary, _sentencepiece(file, vocabulary))
+        return Tokenizer(vocabulary, _bpe(file, vocabulary, pre))
     except InputError as error:
         if isinstance(error, FileFormatError):
             raise
         raise FileFormatError(str(error), code=error.code, path=file.path) from None
 
 
-def _byte_level_bpe(file: GgufFile, vocabulary: Vocabulary, pre: pretokenizers.PreTokenizerSpec) -> tokenizers.Tokenizer:
+def _bpe(file: GgufFile, vocabulary: Vocabulary, pre: pretokenizers.PreTokenizerSpec | None) -> Callable[[str], list[int]]:
+    """Merges over bytes, cut by `pre`; without it over characters, spaces written as SPACE, as Gemma 4 has them."""
     import tokenizers
     from tokenizers import normalizers
 
@@ -79,31 +75,38 @@ def _byte_level_bpe(file: GgufFile, vocabulary: Vocabulary, pre: pretokenizers.P
     if wrong is not None:
         _fail(file, "E_TYPE", f"tokenizer.ggml.merges[{wrong}] is not two tokens with one space between them")
     ids = _ids(vocabulary)
+    whole = pre is not None and pre.whole_tokens
     try:
-        model = tokenizers.models.BPE(vocab=ids, merges=merges, ignore_merges=pre.whole_tokens)
+        model = tokenizers.models.BPE(vocab=ids, merges=merges, ignore_merges=whole, byte_fallback=pre is None)
     except Exception as error:  # the library raises bare Exception
         _fail(file, "E_TYPE", f"tokenizer.ggml.merges does not fit the vocabulary: {printable(str(error)[:200])}")
     built = tokenizers.Tokenizer(model)
-    built.pre_tokenizer = pretokenizers.build(pre)
-    if pre.nfc:
-        built.normalizer = normalizers.NFC()
-    return built
+    if pre is None:
+        built.normalizer = normalizers.Replace(" ", SPACE)
+    else:
+        built.pre_tokenizer = pretokenizers.build(pre)
+        if pre.nfc:
+            built.normalizer = normalizers.NFC()
+    return library_encoder(built)
 
 
-def _sentencepiece(file: GgufFile, vocabulary: Vocabulary) -> tokenizers.Tokenizer:
+def _sentencepiece(file: GgufFile, vocabulary: Vocabulary) -> Callable[[str], list[int]]:
     scores = _numbers(file, "scores", len(vocabulary.tokens))
     if scores is None:
         _fail(file, "E_MISSING", "tokenizer.ggml.scores is missing: a SentencePiece vocabulary needs it")
     if not bool((scores == scores).all()):
         _fail(file, "E_NONFINITE", "tokenizer.ggml.scores has a NaN")
-    return sentencepiece.build(_ids(vocabulary), scores)
+    tokens, types = vocabulary.tokens, vocabulary.types
+    bytes_ = {int(tokens[i][3:5], 16): i for i in _of_type(types, TokenType.BYTE)}
+    unknown = next(iter(_of_type(types, TokenType.UNKNOWN)), None)
+    return sentencepiece.encoder(_ids(vocabulary, TokenType.BYTE), scores.tolist(), bytes_, unknown)
 
 
-def _ids(vocabulary: Vocabulary) -> dict[str, int]:
+def _ids(vocabulary: Vocabulary, *besides: TokenType) -> dict[str, int]:
     """Tokens that plain text may turn into: all but the control tokens, and of equal texts the last, as llama.cpp does."""
     tokens = vocabulary.tokens
     ids = dict(zip(tokens, range(len(tokens)), strict=True))
-    for i in _of_type(vocabulary.types, TokenType.CONTROL, TokenType.UNKNOWN):
+    for i in _of_type(vocabulary.types, TokenType.CONTROL, TokenType.UNKNOWN, *besides):
         if ids.get(tokens[i]) == i:
             del ids[tokens[i]]
     return ids
@@ -141,13 +144,36 @@ def _tokens(file: GgufFile) -> tuple[list[str], bytes]:
         if value in seen:
             _fail(file, "E_DUP", f"byte token {i} (`{tokens[i]}`) occurs twice")
         seen.add(value)
-    return tokens, types
+    named = bytearray(types)
+    for i, text in enumerate(tokens):
+        if text in CONTROL_TEXTS:
+            named[i] = TokenType.CONTROL
+    return tokens, bytes(named)
 
 
-def _end_ids(file: GgufFile, added: tuple[AddedToken, ...], count: int) -> frozenset[int]:
-    named = (_id(file, key, count) for key in ("eos", "eot", "eom"))
-    known = (token.id for token in added if token.control and token.content in END_TEXTS)
-    return frozenset([*(i for i in named if i is not None), *known])
+def _added(tokens: list[str], types: bytes) -> tuple[AddedToken, ...]:
+    """Control tokens and tokens that were added to the vocabulary, with the white space they swallow."""
+    ids = [i for i in _of_type(types, TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED) if tokens[i]]
+    # Phi-3's special tokens swallow the line break behind them. Its tokenizer.json says so; a GGUF file has no place for it.
+    swallow = any(tokens[i] == "<|placeholder1|>" for i in ids)
+    kept = ("<unk>", "<s>", "<|endoftext|>")
+    return tuple(
+        AddedToken(i, tokens[i], control=types[i] != TokenType.USER_DEFINED, rstrip=swallow and tokens[i] not in kept)
+        for i in ids
+    )
+
+
+def _fim(file: GgufFile, added: dict[str, int], count: int) -> Fim | None:
+    """By the file's keys, present and former (`prefix_token_id`), else by the texts of the tokens."""
+    prefix, suffix, middle = (
+        new if (new := _id(file, f"fim_{key[:3]}", count)) is not None else _id(file, key, count)
+        for key in ("prefix", "suffix", "middle")
+    )
+    after = (_id(file, key, count) for key in ("fim_pad", "fim_rep", "fim_sep"))
+    fim = find_fim(added, named=(prefix, suffix, middle), ends=[i for i in after if i is not None])
+    if fim is not None and len({fim.prefix, fim.suffix, fim.middle}) < 3:
+        _fail(file, "E_DUP", f"the tokens for filling a gap are {fim.prefix}, {fim.suffix} and {fim.middle}: they must differ")
+    return fim
 
 
 def _id(file: GgufFile, name: str, count: int) -> int | None:

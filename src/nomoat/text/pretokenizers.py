@@ -41,13 +41,14 @@ _REST = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CASED = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*")
 _SYMBOLS, _SYMBOLS_SLASH = r" ?[^\s\p{L}\p{N}]+[\r\n]*", r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
+_SYMBOLS_MARKS = r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
 _CJK = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 
 _GPT2_ROW = PreTokenizerSpec((GPT2,))
+_CL100K = "|".join((_CONTRACTION, _WORD, r"\p{N}{1,3}", _SYMBOLS, _REST))
 _STARCODER_ROW = PreTokenizerSpec((DIGITS, GPT2))
-_LLAMA3_ROW = PreTokenizerSpec(
-    ("|".join((_CONTRACTION, _WORD, r"\p{N}{1,3}", _SYMBOLS, _REST)),), whole_tokens=True, add_bos=True
-)
+_LLAMA3_ROW = PreTokenizerSpec((_CL100K,), whole_tokens=True, add_bos=True)
+_QWEN2_ROW = PreTokenizerSpec(("|".join((_CONTRACTION, _WORD, r"\p{N}", _SYMBOLS, _REST)),), nfc=True)
 
 PRE_TOKENIZERS: dict[str, PreTokenizerSpec] = {
     "gpt-2": _GPT2_ROW,
@@ -58,7 +59,13 @@ PRE_TOKENIZERS: dict[str, PreTokenizerSpec] = {
     "llama-bpe": _LLAMA3_ROW,
     "llama-v3": _LLAMA3_ROW,
     "llama3": _LLAMA3_ROW,
-    "qwen2": PreTokenizerSpec(("|".join((_CONTRACTION, _WORD, r"\p{N}", _SYMBOLS, _REST)),), nfc=True),
+    "smaug-bpe": PreTokenizerSpec((_CL100K,), whole_tokens=True),  # Llama 3's, of models that drop BOS, such as SmolLM3
+    "dbrx": PreTokenizerSpec((_CL100K,)),  # also OLMo 2, Granite 4, Phi-4
+    "qwen2": _QWEN2_ROW,
+    "deepseek-r1-qwen": _QWEN2_ROW,
+    "qwen35": PreTokenizerSpec(
+        ("|".join((_CONTRACTION, r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+", r"\p{N}", _SYMBOLS_MARKS, _REST)),), nfc=True
+    ),
     "tekken": PreTokenizerSpec(("|".join((*_CASED, r"\p{N}", _SYMBOLS_SLASH, _REST)),), whole_tokens=True, add_bos=True),
     "gpt-4o": PreTokenizerSpec(
         ("|".join((*(cased + _CONTRACTION + "?" for cased in _CASED), r"\p{N}{1,3}", _SYMBOLS_SLASH, _REST)),)

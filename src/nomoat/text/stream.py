@@ -12,13 +12,15 @@ if TYPE_CHECKING:
 class StreamDecoder:
     """Feed ids with `push`; it returns the text that has become certain. `finish` returns what is left.
 
-    The concatenation equals `tokenizer.decode(ids)`: bytes that can never become valid UTF-8 turn into U+FFFD.
+    The concatenation equals `tokenizer.decode(ids)`: bytes that can never become valid UTF-8 turn into U+FFFD. With `continues`
+    the ids go on with an earlier text, and a space at their beginning is kept.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True, continues: bool = False) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip_special
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._drops_space = tokenizer.drops_first_space and not continues
         self._at_start = True
 
     def push(self, token: int) -> str:
@@ -26,7 +28,7 @@ class StreamDecoder:
         data = self._tokenizer.piece(token, skip_special=self._skip_special)
         if data and self._at_start:
             self._at_start = False
-            if self._tokenizer.drops_first_space and not self._tokenizer.is_special(token) and data.startswith(b" "):
+            if self._drops_space and not self._tokenizer.is_special(token) and data.startswith(b" "):
                 data = data[1:]
         return self._utf8.decode(data)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import tokenizers
 
     from nomoat.files.gguf import GgufFile
+    from nomoat.text.fim import Fim
 
 SPACE = "\u2581"  # SentencePiece writes a space as this
 
@@ -53,16 +54,17 @@ class Vocabulary:
     eos_ids: frozenset[int]
     add_bos: bool
     space_prefix: SpacePrefix = SpacePrefix.NEVER
+    fim: Fim | None = None
 
 
 class Tokenizer:
     """Immutable after construction, so one object may serve several threads.
 
     `bos_id` starts a text (added by `encode` if `add_bos`); `eos_ids` are all ids that end an answer: end of text, of turn,
-    of message.
+    of message. `fim` are the tokens for filling a gap, None in models that were not taught to.
     """
 
-    def __init__(self, vocabulary: Vocabulary, plain: tokenizers.Tokenizer, *, prefix_once: bool = False) -> None:
+    def __init__(self, vocabulary: Vocabulary, plain: Callable[[str], list[int]], *, prefix_once: bool = False) -> None:
         """`plain` encodes text that holds no added tokens and puts no space before it. `prefix_once`: no second space is put
         before a piece that has one."""
         self._vocabulary = vocabulary
@@ -75,6 +77,7 @@ class Tokenizer:
         self.eos_id = vocabulary.eos_id
         self.eos_ids = vocabulary.eos_ids
         self.add_bos = vocabulary.add_bos
+        self.fim = vocabulary.fim
         self.drops_first_space = vocabulary.space_prefix != SpacePrefix.NEVER
 
     @classmethod
@@ -128,7 +131,7 @@ class Tokenizer:
                 continue
             if spaced and not (self._prefix_once and piece.startswith((" ", SPACE))):
                 piece = " " + piece
-            ids.extend(self._plain.encode(piece, add_special_tokens=False).ids)
+            ids.extend(self._plain(piece))
             spaced = False
         return ids
 
@@ -196,6 +199,16 @@ class Tokenizer:
         if kind == TokenType.NORMAL and all(c in BYTE_OF for c in text):
             return bytes(BYTE_OF[c] for c in text)
         return text.encode()
+
+
+def library_encoder(built: tokenizers.Tokenizer) -> Callable[[str], list[int]]:
+    """`built` as Tokenizer's `plain`."""
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = built.encode(text, add_special_tokens=False).ids
+        return ids
+
+    return encode
 
 
 def _byte_characters() -> dict[str, int]:

@@ -16,9 +16,11 @@ from typing import Any, NoReturn
 
 from nomoat.errors import FileFormatError, InputError, ModelError, NotFoundError, printable
 from nomoat.text.added import MAX_ADDED, AddedToken
-from nomoat.text.gguf_vocab import BYTE_TOKEN, END_TEXTS, MAX_TOKENS
+from nomoat.text.fim import find_fim
+from nomoat.text.gguf_vocab import BYTE_TOKEN, MAX_TOKENS
 from nomoat.text.pattern import check_pattern
-from nomoat.text.tokenizer import SPACE, SpacePrefix, Tokenizer, TokenType, Vocabulary
+from nomoat.text.special import CONTROL_TEXTS, end_ids
+from nomoat.text.tokenizer import SPACE, SpacePrefix, Tokenizer, TokenType, Vocabulary, library_encoder
 
 MAX_BYTES = 64 << 20
 _NORMALIZERS = {"Sequence", "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip", "StripAccents", "Prepend", "Replace"}
@@ -59,9 +61,10 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
         added=added,
         bos_id=bos,
         eos_id=ends[0] if ends else None,
-        eos_ids=frozenset([*ends, *(token.id for token in added if token.control and token.content in END_TEXTS)]),
+        eos_ids=frozenset(ends) | end_ids({token.content: token.id for token in added if token.control}),
         add_bos=bool(names.get("add_bos_token", _puts_first(root, bos))) and bos is not None,
         space_prefix=prefix,
+        fim=find_fim({token.content: token.id for token in added}),
     )
     hidden = {token.content for token in added if token.control}
     model["vocab"] = {text: i for text, i in vocab.items() if text not in hidden or text == model.get("unk_token")}
@@ -89,7 +92,7 @@ def _build(path: Path, root: Json, vocabulary: Vocabulary, once: bool) -> Tokeni
     except Exception as error:  # the library raises bare Exception
         _fail(path, "E_TYPE", f"the tokenizers library refuses it: {printable(str(error)[:300])}")
     try:
-        return Tokenizer(vocabulary, plain, prefix_once=once)
+        return Tokenizer(vocabulary, library_encoder(plain), prefix_once=once)
     except InputError as error:
         raise FileFormatError(str(error), code=error.code, path=path) from None
 
@@ -122,7 +125,7 @@ def _added(path: Path, root: Json, vocab: dict[str, int]) -> tuple[AddedToken, .
         seen.add(content)
         by_id[i] = content
         flags = {name: entry.get(name) is True for name in ("lstrip", "rstrip", "single_word")}
-        tokens.append(AddedToken(i, content, control=entry.get("special") is True, **flags))
+        tokens.append(AddedToken(i, content, control=entry.get("special") is True or content in CONTROL_TEXTS, **flags))
     return tuple(tokens)
 
 

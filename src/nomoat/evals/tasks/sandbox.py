@@ -1,9 +1,9 @@
 """Runs code that a model wrote, in bubblewrap (`bwrap`) or not at all.
 
 Each program gets its own namespaces: no network, no other process in sight, and a file system that holds Python, the system's
-shared libraries and 16 MiB of /tmp, all but /tmp read-only. No environment, no capabilities, no new processes or threads, and limits on
-memory, time, file size and open files. What runs inside, and how a verdict comes about, is in `guest.py`; the system calls
-that are closed, in `seccomp.py`.
+shared libraries and 16 MiB of /tmp, all but /tmp read-only. No environment, no capabilities, no new processes or threads, and
+limits on memory, time, file size and open files. What runs inside, and how a verdict comes about, is in `guest.py`; the
+system calls that are closed, in `seccomp.py`.
 """
 
 from __future__ import annotations
