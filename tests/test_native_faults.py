@@ -193,7 +193,7 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: engine().set_vector(0, "attn_norm", floats(31)), "'attn_norm': 31 values, expected 32"),
     (lambda: engine().set_vector(0, "q_bias", floats(64)), "expected 32"),
     (lambda: engine().set_vector(0, "q_norm", floats(32)), "qk_norm is 0"),
-    (lambda: engine().set_vector(0, "gate_bias", floats(32)), "not known"),
+    (lambda: engine().set_vector(0, "value_norm", floats(32)), "not known"),
     (lambda: engine().set_vector(-1, "attn_norm", floats(32)), "not known"),
     (lambda: engine().set_vector(1, "attn_norm", floats(32)), "layer 1 of 1"),
     (lambda: batch(starts=(0, 0)), "non-empty"),
