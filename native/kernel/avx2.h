@@ -10,7 +10,7 @@ namespace nomoat {
 namespace {
 
 struct Avx2 {
-  static constexpr int W = 8, kIntRows = 4, kGemmRows = 6, kGemmVectors = 2;
+  static constexpr int W = 8, kIntRows = 4, kGemmRows = 6, kGemmVectors = 2, kWordsFrom = 8;
   using F = __m256;
   using I = __m256i;
   using B = __m256i;
@@ -98,23 +98,57 @@ struct Avx2 {
     return _mm256_set1_epi32(four);
   }
 #ifdef __AVXVNNI__
-  static I dot(I acc, B w, const int8_t* x) { return _mm256_dpbusd_avx_epi32(acc, w, broadcast(x)); }
   static constexpr int kWideZero = 0;
-  static I dot_wide(I acc, B w, const int8_t* x) { return dot(acc, w, x); }
-#else
-  // maddubs saturates at 16 bits: codes up to 63 are safe (2 * 63 * 127 = 16002).
-  static I dot(I acc, B w, const int8_t* x) {
-    const __m256i twos = _mm256_maddubs_epi16(w, broadcast(x));
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(twos, _mm256_set1_epi16(1)));
+  template <int Top, int N>
+  static I dots(I acc, const B* w, const int8_t* x) {
+    for (int g = 0; g < N; g++) acc = _mm256_dpbusd_avx_epi32(acc, w[g], broadcast(x + 4 * g));
+    return acc;
   }
-  // Codes up to 255 would saturate (2 * 255 * 127 = 64770), |w - 128| does not (2 * 128 * 127 = 32512): x takes the sign.
+#else
   static constexpr int kWideZero = 128;
-  static I dot_wide(I acc, B w, const int8_t* x) {
+  // maddubs adds two products in 16 bits and saturates: codes up to 63 are safe (2 * 63 * 127 = 16002), and `run` granules of
+  // them add up before they are widened: 8 of codes up to 15, 4 up to 31, 2 up to 63. Codes up to 255 would saturate
+  // (2 * 255 * 127 = 64770), |w - 128| does not (2 * 128 * 127 = 32512): x takes the sign.
+  template <int Top, int N>
+  static I dots(I acc, const B* w, const int8_t* x) {
+    constexpr int fit = Top > 63 ? 1 : 32767 / (2 * 127 * Top), most = fit >= 8 ? 8 : fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
+    constexpr int run = most < N ? most : N;
+    for (int g = 0; g < N; g += run) {
+      __m256i sum = twos<Top>(w[g], broadcast(x + 4 * g));
+      for (int i = g + 1; i < g + run; i++) sum = _mm256_add_epi16(sum, twos<Top>(w[i], broadcast(x + 4 * i)));
+      acc = _mm256_add_epi32(acc, _mm256_madd_epi16(sum, _mm256_set1_epi16(1)));
+    }
+    return acc;
+  }
+  template <int Top>
+  static __m256i twos(B w, B x) {
+    if constexpr (Top <= 63) return _mm256_maddubs_epi16(w, x);
     const __m256i value = _mm256_xor_si256(w, _mm256_set1_epi8(char(128)));
-    const __m256i twos = _mm256_maddubs_epi16(_mm256_abs_epi8(value), _mm256_sign_epi8(broadcast(x), value));
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(twos, _mm256_set1_epi16(1)));
+    return _mm256_maddubs_epi16(_mm256_abs_epi8(value), _mm256_sign_epi8(x, value));
   }
 #endif
+  // Bytes 0, 2 or 1, 3 of every lane, less zero, as int16.
+  template <int Zero>
+  static B even_words(B w) {
+    return _mm256_sub_epi16(_mm256_and_si256(w, _mm256_set1_epi16(255)), _mm256_set1_epi16(Zero));
+  }
+  template <int Zero>
+  static B odd_words(B w) {
+    return _mm256_sub_epi16(_mm256_srli_epi16(w, 8), _mm256_set1_epi16(Zero));
+  }
+  static I dot_words(I acc, B w, I x) {
+#ifdef __AVXVNNI__
+    return _mm256_dpwssd_avx_epi32(acc, w, x);
+#else
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(w, x));
+#endif
+  }
+  // Eight whole numbers as int16, the columns of every four in the order 0, 2, 1, 3.
+  static void store_words(int16_t* p, F x) {
+    const __m256i whole = _mm256_shuffle_epi32(_mm256_cvtps_epi32(x), 0xd8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1)));
+  }
   template <int N>
   static F byte_to_f(B w) {
     return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(w, 8 * N), _mm256_set1_epi32(255)));

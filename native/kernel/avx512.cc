@@ -9,7 +9,7 @@ namespace nomoat {
 namespace {
 
 struct Avx512 {
-  static constexpr int W = 16, kIntRows = 8, kGemmRows = 8, kGemmVectors = 3;
+  static constexpr int W = 16, kIntRows = 8, kGemmRows = 8, kGemmVectors = 3, kWordsFrom = 0;
   using F = __m512;
   using I = __m512i;
   using B = __m512i;
@@ -76,9 +76,12 @@ struct Avx512 {
     std::memcpy(&four, p, 4);
     return _mm512_set1_epi32(four);
   }
-  static I dot(I acc, B w, const int8_t* x) { return _mm512_dpbusd_epi32(acc, w, broadcast(x)); }
   static constexpr int kWideZero = 0;
-  static I dot_wide(I acc, B w, const int8_t* x) { return dot(acc, w, x); }
+  template <int Top, int N>
+  static I dots(I acc, const B* w, const int8_t* x) {
+    for (int g = 0; g < N; g++) acc = _mm512_dpbusd_epi32(acc, w[g], broadcast(x + 4 * g));
+    return acc;
+  }
   template <int N>
   static F byte_to_f(B w) {
     return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(w, 8 * N), _mm512_set1_epi32(255)));

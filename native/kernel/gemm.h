@@ -9,19 +9,15 @@ namespace {
 
 // ---- int8 activations: decode and prefill share this loop, so a row's result does not depend on how many rows there are ----
 
-// sum of W codes times one row's 16 (granules [first, last)) or 32 activations, less zero times their sum; exact. Two-digit
-// activations are 128 * high + low, their low digits 32 bytes behind the high ones. Codes above 63 go to dot_wide, which may take
-// their zero, 128, off each of them.
-template <class V, class Q, int D>
-inline typename V::I exact_dot(const typename V::B* w, const int8_t* x, int first, int last, int sum) {
-  constexpr bool wide = Q::zero == 128;
-  typename V::I low = V::iset1((wide ? V::kWideZero - 128 : -Q::zero) * sum);
-  const int8_t* digit = x + (D - 1) * kTileCols;
-  for (int g = first; g < last; g++) low = wide ? V::dot_wide(low, w[g], digit + 4 * g) : V::dot(low, w[g], digit + 4 * g);
+// sum of W codes times one row's activations of N granules, less zero times their sum; exact. Two-digit activations are
+// 128 * high + low, their low digits 32 bytes behind the high ones. Where codes need all eight bits, V::dots may take their zero,
+// 128, off each of them.
+template <class V, class Q, int D, int N>
+inline typename V::I exact_dot(const typename V::B* w, const int8_t* x, int sum) {
+  constexpr int zero = Q::top > 127 ? 128 - V::kWideZero : Q::zero;
+  const typename V::I low = V::template dots<Q::top, N>(V::iset1(-zero * sum), w, x + (D - 1) * kTileCols);
   if constexpr (D == 1) return low;
-  typename V::I high = V::iset1(0);
-  for (int g = first; g < last; g++) high = wide ? V::dot_wide(high, w[g], x + 4 * g) : V::dot(high, w[g], x + 4 * g);
-  return V::add_digit(low, high);
+  return V::add_digit(low, V::template dots<Q::top, N>(V::iset1(0), w, x));
 }
 
 // M rows x W lanes. Integer dots are exact; each lane adds its 32-column blocks in order.
@@ -53,7 +49,7 @@ inline void i8_tile(const uint8_t* planes, const uint8_t* scales, size_t strip_b
       const F factor = V::set1(b.scale);
       for (int h = 0; h < groups; h++) {
         const int sum = groups == 2 ? b.sum[h] : b.sum[0] + b.sum[1];
-        const F dot = V::from_i32(exact_dot<V, Q, D>(w, x, granules * h, granules * (h + 1), sum));
+        const F dot = V::from_i32(exact_dot<V, Q, D, granules>(w + granules * h, x + 4 * granules * h, sum));
         acc[m] = V::fma(dot, V::mul(scale[h], factor), acc[m]);
         if constexpr (Q::has_min)
           acc[m] = V::fma(minimum[h], groups == 2 ? V::mul(factor, V::from_i32(V::iset1(sum))) : V::set1(b.scaled_sum), acc[m]);

@@ -5,6 +5,7 @@
 #include "kernel/attend.h"
 #include "kernel/gemm.h"
 #include "kernel/rowwise.h"
+#include "kernel/words.h"
 
 namespace nomoat {
 namespace {
@@ -14,6 +15,10 @@ constexpr Kernels make_kernels(Level level) {
   Kernels k{};
   k.level = level;
   k.gemm_i8 = gemm_i8<V>;
+  if constexpr (V::kWordsFrom > 0) {
+    k.gemm_words = gemm_words<V>;
+    k.words_from = V::kWordsFrom;
+  }
   k.gemm_float = gemm_float<V>;
   k.panel_bf16 = panel_bf16<V>;
   k.panel_f32 = panel_f32<V>;

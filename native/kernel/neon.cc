@@ -10,7 +10,7 @@ namespace {
 
 struct Neon {
   // 8 rows x 12 columns: 24 accumulators and six vectors of weights leave one register for the activations, one for zeros
-  static constexpr int W = 4, kIntRows = 8, kGemmRows = 8, kGemmVectors = 3;
+  static constexpr int W = 4, kIntRows = 8, kGemmRows = 8, kGemmVectors = 3, kWordsFrom = 0;
   using F = float32x4_t;
   using I = int32x4_t;
   using B = uint8x16_t;
@@ -86,13 +86,16 @@ struct Neon {
   static B shl(B x) {
     return vshlq_n_u8(x, N);
   }
-  // sdot is signed on both sides: codes up to 127 are what they seem.
-  static I dot(I acc, B w, const int8_t* x) {
-    return vdotq_lane_s32(acc, vreinterpretq_s8_u8(w), vreinterpret_s8_u8(four_bytes(x)), 0);
-  }
-  // Codes up to 255: w - 128 is signed.
+  // sdot is signed on both sides: codes up to 127 are what they seem, of those up to 255 w - 128 is signed.
   static constexpr int kWideZero = 128;
-  static I dot_wide(I acc, B w, const int8_t* x) { return dot(acc, veorq_u8(w, vdupq_n_u8(128)), x); }
+  template <int Top, int N>
+  static I dots(I acc, const B* w, const int8_t* x) {
+    for (int g = 0; g < N; g++) {
+      const B code = Top > 127 ? veorq_u8(w[g], vdupq_n_u8(128)) : w[g];
+      acc = vdotq_lane_s32(acc, vreinterpretq_s8_u8(code), vreinterpret_s8_u8(four_bytes(x + 4 * g)), 0);
+    }
+    return acc;
+  }
   template <int N>
   static F byte_to_f(B w) {
     uint32x4_t word = vreinterpretq_u32_u8(w);

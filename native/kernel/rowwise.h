@@ -39,12 +39,13 @@ inline float dot(const float* x, const float* y, int count) {
 }
 
 // One digit: c = round(x * 127 / max|x|). Two: c = round(x * 16256 / max|x|), high = round(c / 128), low = c - 128 * high.
+// kWords: that c.
 template <class V>
 void quantize(const float* x, int cols, int digits, int8_t* q, ActBlock* blocks) {
   const float range = digits == 1 ? 127.0f : 127.0f * 128.0f;
   for (int b = 0; b < cols / kTileCols; b++) {
     const float* at = x + b * kTileCols;
-    int8_t* codes = q + size_t(b) * kTileCols * digits;
+    int8_t* codes = q + size_t(b) * kTileCols * code_bytes(digits);
     typename V::F top = V::zero();
     for (int i = 0; i < kTileCols; i += V::W) top = V::max(top, V::abs(V::load(at + i)));
     const float peak = V::max_of(top), scale = peak / range;
@@ -57,6 +58,8 @@ void quantize(const float* x, int cols, int digits, int8_t* q, ActBlock* blocks)
         total = V::add(total, code);
         if (digits == 1) {
           V::store_s8(codes + i, code);
+        } else if (digits == kWords) {
+          if constexpr (V::kWordsFrom > 0) V::store_words(reinterpret_cast<int16_t*>(codes) + i, code);
         } else {
           const typename V::F high = V::round(V::mul(code, V::set1(1.0f / 128)));
           V::store_s8(codes + i, high);

@@ -7,7 +7,7 @@ namespace nomoat {
 namespace {
 
 struct Scalar {
-  static constexpr int W = 1, kIntRows = 4, kGemmRows = 4, kGemmVectors = 4;
+  static constexpr int W = 1, kIntRows = 4, kGemmRows = 4, kGemmVectors = 4, kWordsFrom = 0;
   using F = float;
   using I = int32_t;
   using B = uint32_t;      // four codes of one row
@@ -59,12 +59,12 @@ struct Scalar {
   static B shl(B x) {
     return x << N;
   }
-  static I dot(I acc, B w, const int8_t* x) {
-    for (int i = 0; i < 4; i++) acc += int((w >> (8 * i)) & 255) * x[i];
+  static constexpr int kWideZero = 0;
+  template <int Top, int N>
+  static I dots(I acc, const B* w, const int8_t* x) {
+    for (int i = 0; i < 4 * N; i++) acc += int((w[i / 4] >> (8 * (i % 4))) & 255) * x[i];
     return acc;
   }
-  static constexpr int kWideZero = 0;
-  static I dot_wide(I acc, B w, const int8_t* x) { return dot(acc, w, x); }
   template <int N>
   static F byte_to_f(B w) {
     return float((w >> (8 * N)) & 255);

@@ -14,10 +14,15 @@ using bf16 = uint16_t;
 
 // Columns of a GEMM panel: three strips. 8 rows x 48 columns fill the 32 registers of AVX-512 with 24 accumulators.
 constexpr int kPanelCols = 48;
+// In place of a number of digits: both digits of an activation as one int16.
+constexpr int kWords = 16;
+// Bytes of an activation's code.
+constexpr int code_bytes(int digits) { return digits == 1 ? 1 : 2; }
 // Tokens of one page of the key/value cache.
 constexpr int kPageTokens = 64;
 
-// 32 activations as one or two int8 digits: x[i] ~ scale * c[i], c = q or 128 * high + low (|c| <= 127 or 127 * 128).
+// 32 activations as one or two int8 digits: x[i] ~ scale * c[i], c = q or 128 * high + low (|c| <= 127 or 127 * 128). With
+// kWords c itself is stored, the columns of every four in the order 0, 2, 1, 3.
 // scaled_sum = scale * sum(c); sum[h] = sum of c over half h, for formats with a scale per 16 columns.
 struct ActBlock {
   float scale, scaled_sum;
@@ -69,6 +74,10 @@ struct Kernels {
   // one or two int8 digits. A block of 32 activations is 32 high digits, then 32 low ones if there are two.
   void (*gemm_i8)(const Matrix& w, int first, int last, int digits, const int8_t* q, const ActBlock* blocks, int rows, float* y,
                   int ldy, bool add);
+  // the same with kWords: which levels have it, and from how many rows on it is faster, says words_from (0 = never)
+  void (*gemm_words)(const Matrix& w, int first, int last, const int16_t* q, const ActBlock* blocks, int rows, float* y, int ldy,
+                     bool add);
+  int words_from;
   // the same in float32: the product for F32, F16 and BF16 weights
   void (*gemm_float)(const Matrix& w, int first, int last, const float* x, int ldx, int rows, float* y, int ldy, bool add);
   // panel[p][c] = W[column + c, from + p], or W[from + p, column + c] when `backward`; c < 48, p < count (a multiple of 16).

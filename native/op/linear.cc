@@ -114,7 +114,7 @@ Activations input_of(const LinearJob& job, Activations x) {
   x.rows = job.rows;
   if (x.f32) x.f32 += at;
   if (x.low) x.low += at;
-  if (x.q) x.q += at * size_t(x.digits);
+  if (x.q) x.q += at * size_t(code_bytes(x.digits));
   if (x.blocks) x.blocks += at / kTileCols;
   return x;
 }
@@ -132,6 +132,9 @@ void linear_int8(const Activations& x, const LinearJob* jobs, int count) {
         const Activations in = input_of(job, x);
         if (job.w->floating())
           kernels().gemm_float(*job.w, begin, end, in.f32, in.cols, in.rows, job.y, job.ldy, job.add);
+        else if (in.digits == kWords)
+          kernels().gemm_words(*job.w, begin, end, reinterpret_cast<const int16_t*>(in.q), in.blocks, in.rows, job.y, job.ldy,
+                               job.add);
         else
           kernels().gemm_i8(*job.w, begin, end, in.digits, in.q, in.blocks, in.rows, job.y, job.ldy, job.add);
         if (end == own && !job.add) clear_padding(job.y, in.rows, own * kStripRows, job.ldy);
@@ -301,7 +304,8 @@ void backward_panels(Engine& engine, const Activations& x, const LinearBackwardJ
 }  // namespace
 
 Activations prepare(Mode mode, int digits, const float* x, int rows, int cols, Buffer& low, Buffer& q, Buffer& blocks) {
-  Activations a{mode, rows, cols, digits, x, nullptr, nullptr, nullptr};
+  const bool words = digits == 2 && kernels().words_from && rows >= kernels().words_from;
+  Activations a{mode, rows, cols, words ? kWords : digits, x, nullptr, nullptr, nullptr};
   if (mode == Mode::bf16) {
     bf16* to = low.get<bf16>(size_t(rows) * cols);
     for_rows(rows, 32, [&](int first, int last) {
@@ -310,11 +314,12 @@ Activations prepare(Mode mode, int digits, const float* x, int rows, int cols, B
     a.low = to;
   } else if (mode == Mode::int8) {
     const int per_row = cols / kTileCols;
-    int8_t* codes = q.get<int8_t>(size_t(rows) * cols * digits);
+    const size_t row_bytes = size_t(cols) * size_t(code_bytes(digits));
+    int8_t* codes = q.get<int8_t>(size_t(rows) * row_bytes);
     ActBlock* scales = blocks.get<ActBlock>(size_t(rows) * per_row);
     for_rows(rows, 8, [&](int first, int last) {
       for (int m = first; m < last; m++)
-        kernels().quantize(x + size_t(m) * cols, cols, digits, codes + size_t(m) * cols * digits, scales + size_t(m) * per_row);
+        kernels().quantize(x + size_t(m) * cols, cols, a.digits, codes + size_t(m) * row_bytes, scales + size_t(m) * per_row);
     });
     a.q = codes;
     a.blocks = scales;

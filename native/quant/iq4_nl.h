@@ -14,7 +14,7 @@ struct IQ4_NL : HalfScales<32> {
   static constexpr Format id = Format::IQ4_NL;
   static constexpr bool integer = true, has_min = false;
   static constexpr int block_cols = 32, block_bytes = 18, plane_bytes = 256;
-  static constexpr int zero = 128, groups = 1;
+  static constexpr int zero = 128, top = 255, groups = 1;
   static constexpr uint8_t codes[16] = {128 - 127, 128 - 104, 128 - 83, 128 - 65, 128 - 49, 128 - 35, 128 - 22, 128 - 10,
                                         128 + 1,   128 + 13,  128 + 25, 128 + 38, 128 + 53, 128 + 69, 128 + 89, 128 + 113};
 

@@ -17,7 +17,7 @@ struct IQ4_XS : SignedScales<1> {
   static constexpr Format id = Format::IQ4_XS;
   static constexpr bool integer = true, has_min = false;
   static constexpr int block_cols = 256, block_bytes = 136, plane_bytes = 256;
-  static constexpr int zero = IQ4_NL::zero;
+  static constexpr int zero = IQ4_NL::zero, top = IQ4_NL::top;
 
   static void pack(const uint8_t* block, int row, int tile, uint8_t* plane, uint8_t* scales) {
     uint8_t indexes[32];

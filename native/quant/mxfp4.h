@@ -14,7 +14,7 @@ struct MXFP4 {
   static constexpr Format id = Format::MXFP4;
   static constexpr bool integer = true, has_min = false;
   static constexpr int block_cols = 32, block_bytes = 17, plane_bytes = 256, scale_bytes = 16;
-  static constexpr int zero = 12, groups = 1;
+  static constexpr int zero = 12, top = 24, groups = 1;
   static constexpr uint8_t codes[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
   static void pack(const uint8_t* block, int row, int, uint8_t* plane, uint8_t* scales) {

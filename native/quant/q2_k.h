@@ -16,7 +16,7 @@ struct Q2_K {
   static constexpr Format id = Format::Q2_K;
   static constexpr bool integer = true, has_min = true;
   static constexpr int block_cols = 256, block_bytes = 84, plane_bytes = 128, scale_bytes = 32 + 32 + 256;
-  static constexpr int zero = 0, groups = 2;
+  static constexpr int zero = 0, top = 3, groups = 2;
 
   static void pack(const uint8_t* block, int row, int tile, uint8_t* plane, uint8_t* scales) {
     uint8_t codes[32];

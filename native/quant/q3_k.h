@@ -16,7 +16,7 @@ struct Q3_K : SignedScales<2> {
   static constexpr Format id = Format::Q3_K;
   static constexpr bool integer = true, has_min = false;
   static constexpr int block_cols = 256, block_bytes = 110, plane_bytes = 128 + 64;
-  static constexpr int zero = 4;
+  static constexpr int zero = 4, top = 7;
 
   static void pack(const uint8_t* block, int row, int tile, uint8_t* plane, uint8_t* scales) {
     uint8_t codes[32];

@@ -11,7 +11,7 @@ struct Q4_0 : HalfScales<32> {
   static constexpr Format id = Format::Q4_0;
   static constexpr bool integer = true, has_min = false;
   static constexpr int block_cols = 32, block_bytes = 18, plane_bytes = 256;
-  static constexpr int zero = 8, groups = 1;  // value = scale * (code - zero)
+  static constexpr int zero = 8, top = 15, groups = 1;  // value = scale * (code - zero)
 
   static void pack(const uint8_t* block, int row, int, uint8_t* plane, uint8_t* scales) {
     uint8_t codes[32];

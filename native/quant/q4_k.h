@@ -14,7 +14,7 @@ struct Q4_K : SixBitScales {
   static constexpr Format id = Format::Q4_K;
   static constexpr bool integer = true, has_min = true;
   static constexpr int block_cols = 256, block_bytes = 144, plane_bytes = 256;
-  static constexpr int zero = 0, groups = 1;
+  static constexpr int zero = 0, top = 15, groups = 1;
 
   static void pack(const uint8_t* block, int row, int tile, uint8_t* plane, uint8_t* scales) {
     uint8_t codes[32];

@@ -11,7 +11,7 @@ struct Q5_1 : HalfScales<64> {
   static constexpr Format id = Format::Q5_1;
   static constexpr bool integer = true, has_min = true;
   static constexpr int block_cols = 32, block_bytes = 24, plane_bytes = 256 + 64;
-  static constexpr int zero = 0, groups = 1;  // value = scale * (code - zero) + min
+  static constexpr int zero = 0, top = 31, groups = 1;  // value = scale * (code - zero) + min
 
   static void pack(const uint8_t* block, int row, int, uint8_t* plane, uint8_t* scales) {
     uint8_t codes[32];

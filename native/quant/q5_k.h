@@ -14,7 +14,7 @@ struct Q5_K : SixBitScales {
   static constexpr Format id = Format::Q5_K;
   static constexpr bool integer = true, has_min = true;
   static constexpr int block_cols = 256, block_bytes = 176, plane_bytes = 256 + 64;
-  static constexpr int zero = 0, groups = 1;
+  static constexpr int zero = 0, top = 31, groups = 1;
 
   static void pack(const uint8_t* block, int row, int tile, uint8_t* plane, uint8_t* scales) {
     uint8_t codes[32];

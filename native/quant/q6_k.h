@@ -13,7 +13,7 @@ struct Q6_K : SignedScales<2> {
   static constexpr Format id = Format::Q6_K;
   static constexpr bool integer = true, has_min = false;
   static constexpr int block_cols = 256, block_bytes = 210, plane_bytes = 256 + 128;
-  static constexpr int zero = 32;
+  static constexpr int zero = 32, top = 63;
 
   static void pack(const uint8_t* block, int row, int tile, uint8_t* plane, uint8_t* scales) {
     uint8_t codes[32];
