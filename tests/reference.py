@@ -194,7 +194,9 @@ class Reference:
         if self.spec.blocks[i].experts:
 
             def mlp(e: int, h: Array) -> Array:
-                return self._linear(i, "down", lora, act(self._linear(i, "gate", lora, h, e)) * self._linear(i, "up", lora, h, e), e)
+                return self._linear(
+                    i, "down", lora, act(self._linear(i, "gate", lora, h, e)) * self._linear(i, "up", lora, h, e), e
+                )
 
             return experts(h, self.weights[f"blk.{i}.router"], mlp, self.spec.experts_used, self.spec.expert_norm)
         up = self._linear(i, "up", lora, h)

@@ -315,9 +315,7 @@ def test_training_on_top_of_adapters_on_experts(built: Built) -> None:
     model, oracle = built
     base = random_lora(model.spec, rank=2, scale=1.0, seed=3)
     trained = Trained(
-        TrainableLora(
-            model.spec, rank=2, alpha=2.0, targets=("q", "experts"), base=Stack(model.spec, [(adapter_of(base), 1.0)])
-        )
+        TrainableLora(model.spec, rank=2, alpha=2.0, targets=("q", "experts"), base=Stack(model.spec, [(adapter_of(base), 1.0)]))
     )
     assert {target for layer, target in trained.where if layer == 0} == {"q", "gate", "up", "down"}
     assert {target for layer, target in trained.where if layer == 1} == {"q"}

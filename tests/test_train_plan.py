@@ -9,6 +9,7 @@ import pytest
 
 from nomoat.engine.lora import TrainableLora
 from nomoat.errors import InputError, ResourceError
+from nomoat.hub import fit
 from nomoat.hub.fit import Machine
 from nomoat.models.spec import TARGETS, LayerSpec
 from nomoat.train.plan import TrainOptions, check_resources, default_learning_rate, make_plan
@@ -115,7 +116,7 @@ def test_targets_that_a_model_has() -> None:
         plan = make_plan(TrainOptions(rank=2), spec, MACHINE, **COUNTS)
         assert plan.trainable == sum(parameter.size for parameter in lora.parameters)
         for target in absent:
-            with pytest.raises(InputError, match=f"cannot cover {target}; it can cover q, k, v, o"):
+            with pytest.raises(InputError, match=f"cannot cover {target}; it can cover q, k, v, o, "):
                 TrainOptions(rank=2, targets=("q", target)).check_model(spec)
             with pytest.raises(InputError, match="the model has none of them"):
                 TrainableLora(spec, rank=2, targets=(target,))

@@ -99,7 +99,5 @@ class TrainableLora:
 
     def to_adapter(self) -> Adapter:
         """A copy of the trained part as an adapter of its own."""
-        tensors = {
-            place: natural(self.parameters[2 * i], self.parameters[2 * i + 1]) for i, place in enumerate(self.places)
-        }
+        tensors = {place: natural(self.parameters[2 * i], self.parameters[2 * i + 1]) for i, place in enumerate(self.places)}
         return Adapter(self.rank, self.alpha, self.targets, tensors)

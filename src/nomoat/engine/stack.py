@@ -37,8 +37,9 @@ Place = tuple[int, str]
 class Adapter:
     """One LoRA adapter. Its arrays are treated as immutable; rows of q/k `B` are in the row order of the base file.
 
-    tensors[layer, target] = (A [r, K], B [N, r]), of experts (A [E, r, K], B [E, N, r]), float32. `rank` and `alpha` are those of the whole adapter; a place may
-    have a rank of its own (its A decides), and a strength of its own is folded into its B when the adapter is read.
+    tensors[layer, target] = (A [r, K], B [N, r]), of experts (A [E, r, K], B [E, N, r]), float32. `rank` and `alpha` are those of
+    the whole adapter; a place may have a rank of its own (its A decides), and a strength of its own is folded into its B when the
+    adapter is read.
     """
 
     rank: int

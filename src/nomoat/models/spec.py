@@ -125,7 +125,7 @@ class ModelSpec:
         return TARGETS if self.gated or self.blocks[layer].experts else tuple(target for target in TARGETS if target != "gate")
 
     def places(self, wanted: Collection[str] = COVERABLE) -> Iterator[tuple[int, str]]:
-        """(layer, target) of every linear that an adapter of `wanted` (some of COVERABLE) covers, in the order used everywhere."""
+        """(layer, target) of every linear that an adapter of `wanted` (of COVERABLE) covers, in the order used everywhere."""
         for layer in range(self.layers):
             for target in self.targets(layer):
                 if (EXPERTS if self.experts_at(target, layer) else target) in wanted:

@@ -10,7 +10,7 @@ from nomoat.engine.model import ACTIVATION_BUDGET
 from nomoat.errors import InputError, ResourceError, printable
 from nomoat.hub import fit
 from nomoat.hub.fit import Machine
-from nomoat.models.spec import COVERABLE, EXPERTS, TARGETS, ModelSpec
+from nomoat.models.spec import COVERABLE, TARGETS, ModelSpec
 
 #: (largest number of weights, learning rate): what LoRA of all linears at rank 16 learns best with when no probe is run.
 DEFAULT_LEARNING_RATES = ((300e6, 1e-3), (1.5e9, 5e-4), (4e9, 3e-4), (math.inf, 2e-4))
@@ -23,7 +23,7 @@ class TrainOptions:
     """Everything that decides the numbers of a run (and, last, when to save). Checked when made: InputError E_LIMIT.
 
     targets             linears that the adapter covers, by name outside of experts, those of all experts by `experts`; by default
-                        all that the model has outside of experts, whose adapters can be larger than a model (docs/guides/train.md)
+                        all that the model has outside of experts, whose adapters take far more memory (docs/concepts/adapters.md)
     warmup              fraction of all steps
     max_tokens          rows of one micro-batch; bounds the memory of activations
     context             longest example in tokens; None: what the model was trained for, at most 2,048
@@ -103,8 +103,9 @@ class TrainOptions:
     def check_model(self, spec: ModelSpec) -> None:
         """Raises InputError E_LIMIT where the options do not fit the model."""
         there = [target for target in COVERABLE if any(spec.places((target,)))]
-        absent = [target for target in self.targets if target not in there]
-        if absent and not set(TARGETS) <= set(self.targets) or EXPERTS in absent:
+        named = set(self.targets) - set(TARGETS) if set(TARGETS) <= set(self.targets) else self.targets
+        absent = [target for target in named if target not in there]
+        if absent:
             raise InputError(
                 f"targets: an adapter of this model cannot cover {', '.join(absent)}; it can cover {', '.join(there)}",
                 code="E_LIMIT",
