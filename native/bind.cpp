@@ -241,16 +241,20 @@ void set_table(PyEngine& e, bool head, int format, const ConstBytes& packed) {
 void set_lora(PyLora& lora, int layer, int target, const ConstFloats& a, const ConstFloats& bt, const ConstFloats& scale,
               std::optional<Floats> da, std::optional<Floats> dbt) {
   require(layer >= 0 && layer < int(lora.set.size()) && target >= 0 && target < kTargets, "unknown layer or target");
-  require(a.ndim() == 2 && bt.ndim() == 2 && a.shape(0) == bt.shape(0) && scale.size() == a.shape(0),
-          "A, B^T and scale must agree in rank");
+  const size_t axes = a.ndim();  // [rank, K], or of experts [rank, experts, K]
+  require((axes == 2 || axes == 3) && bt.ndim() == axes && a.shape(0) == bt.shape(0) && scale.size() == a.shape(0) &&
+              a.shape(0) > 0 && (axes == 2 || a.shape(1) == bt.shape(1)),
+          "A, B^T and scale must agree in rank, and in the number of experts");
   Lora l;
   l.a = a.data();
   l.bt = bt.data();
   l.scale = scale.data();
   l.rank = int(a.shape(0));
+  l.lda = int(a.size() / a.shape(0)), l.ldb = int(bt.size() / bt.shape(0));
   if (da && dbt) {
-    require(da->ndim() == 2 && dbt->ndim() == 2 && da->shape(1) == a.shape(1) && dbt->shape(1) == bt.shape(1) &&
-                da->shape(0) == dbt->shape(0) && da->shape(0) <= a.shape(0),
+    require(da->ndim() == axes && dbt->ndim() == axes && da->shape(axes - 1) == a.shape(axes - 1) &&
+                dbt->shape(axes - 1) == bt.shape(axes - 1) && da->shape(0) == dbt->shape(0) && da->shape(0) <= a.shape(0) &&
+                (axes == 2 || (da->shape(1) == a.shape(1) && dbt->shape(1) == a.shape(1))),
             "gradients must have the columns of A and B^T");
     l.trained = l.rank - int(da->shape(0));
     l.da = da->data();

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ def adapter_of(lora: Lora) -> Adapter:
     a, _, scale = next(iter(lora.values()))
     tensors = {place: (a.astype(np.float32), b.astype(np.float32)) for place, (a, b, _) in lora.items()}
     targets = tuple(target for target in TARGETS if any(target == t for _, t in lora))
-    return Adapter(rank=a.shape[0], alpha=scale * a.shape[0], targets=targets, tensors=tensors)
+    return Adapter(rank=a.shape[-2], alpha=scale * a.shape[-2], targets=targets, tensors=tensors)
 
 
 def lora_of(adapter: Adapter, weight: float = 1.0) -> dict[Place, Any]:
@@ -36,7 +37,7 @@ def lora_of(adapter: Adapter, weight: float = 1.0) -> dict[Place, Any]:
 
 
 class Trained:
-    """A TrainableLora whose parameters are known by place, in whatever order and orientation the engine keeps them."""
+    """A TrainableLora whose parameters are known by place, in whatever order, and order of axes, the engine keeps them."""
 
     def __init__(self, lora: TrainableLora, seed: int = 0) -> None:
         """Fills A and B with random values, each a tenth of what would change the layer's output by its own size."""
@@ -45,24 +46,24 @@ class Trained:
             parameter[...] = rng.standard_normal(parameter.shape) * 0.1
         self.lora = lora
         adapter = lora.to_adapter()
-        self.where: dict[Place, list[tuple[int, bool]]] = {
+        self.where: dict[Place, list[tuple[int, tuple[int, ...]]]] = {
             place: [self._find(matrix) for matrix in pair] for place, pair in adapter.tensors.items()
         }
         assert len({index for found in self.where.values() for index, _ in found}) == len(lora.parameters)
 
-    def _find(self, matrix: npt.NDArray[np.float32]) -> tuple[int, bool]:
-        """(index of the parameter, whether it is transposed)"""
+    def _find(self, matrix: npt.NDArray[np.float32]) -> tuple[int, tuple[int, ...]]:
+        """(index of the parameter, order of its axes in the matrix)"""
         for index, parameter in enumerate(self.lora.parameters):
-            for turned in (False, True):
-                if np.array_equal(parameter.T if turned else parameter, matrix):
-                    return index, turned
+            for axes in itertools.permutations(range(parameter.ndim)):
+                if np.array_equal(parameter.transpose(axes), matrix):
+                    return index, axes
         raise AssertionError("to_adapter() returned a matrix that is none of the parameters")
 
     def set(self, lora: Lora) -> None:
         """Copies A and B in."""
         for place, found in self.where.items():
-            for (index, turned), matrix in zip(found, lora[place][:2], strict=True):
-                self.lora.parameters[index][...] = matrix.T if turned else matrix
+            for (index, axes), matrix in zip(found, lora[place][:2], strict=True):
+                self.lora.parameters[index].transpose(axes)[...] = matrix
 
     def values(self) -> dict[Place, Any]:
         return lora_of(self.lora.to_adapter())
@@ -78,9 +79,7 @@ class Trained:
         """Copies of the gradients as they are, (dA, dB)."""
         found: dict[Place, Pair] = {}
         for place, places in self.where.items():
-            da, db = (
-                self.lora.gradients[index].T.copy() if turned else self.lora.gradients[index].copy() for index, turned in places
-            )
+            da, db = (self.lora.gradients[index].transpose(axes).copy() for index, axes in places)
             found[place] = (da, db)
         return found
 

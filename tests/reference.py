@@ -22,13 +22,13 @@ import numpy.typing as npt
 from nomoat.files.gguf import open_gguf
 from nomoat.models import ModelSpec, spec_from_gguf, spec_from_hf
 from nomoat.models.hf import read_config
-from nomoat.models.spec import TARGETS, RopeSpec
+from nomoat.models.spec import COVERABLE, RopeSpec
 
 Array: TypeAlias = Any  # npt.NDArray of float64 or complex128: NumPy's stubs do not follow arithmetic on either
 Ints = Sequence[int] | npt.NDArray[np.int32]
 Floats = Sequence[float] | npt.NDArray[np.float32]
 Place = tuple[int, str]  # (layer, target)
-#: (A [r, K], B [N, r], scale) of each adapted linear
+#: (A [r, K], B [N, r], scale) of each adapted linear; where a layer has E experts, (A [E, r, K], B [E, N, r], scale)
 Lora = Mapping[Place, tuple[Array, Array, float]]
 
 STEP = 1e-30
@@ -100,13 +100,10 @@ def gelu(x: Array) -> Array:
     return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
-def experts(
-    h: Array, router: Array, gate: Array, up: Array, down: Array, used: int, renormalized: bool, act: Callable[[Array], Array]
-) -> Array:
+def experts(h: Array, router: Array, mlp: Callable[[int, Array], Array], used: int, renormalized: bool) -> Array:
     """The sum of p_e * MLP_e(h) over the `used` best experts e of a row, p = softmax(router h).
 
-    `renormalized`: those p over their sum. h [..., T, D], router [E, D], gate and up [E, F, D], down [E, D, F]. The choice is a
-    constant to the derivative.
+    `renormalized`: those p over their sum. h [..., T, D], router [E, D]. The choice is a constant to the derivative.
     """
     p = softmax(h @ router.T)
     best = np.argsort(-p.real, axis=-1, kind="stable")[..., :used]  # stable: the lower index where two are equal
@@ -115,7 +112,7 @@ def experts(
     p = np.where(chosen, p, 0)
     if renormalized:
         p = p / p.sum(-1, keepdims=True)
-    return sum(p[..., [e]] * (act(h @ gate[e].T) * (h @ up[e].T) @ down[e].T) for e in range(len(router)))
+    return sum(p[..., [e]] * mlp(e, h) for e in range(len(router)))
 
 
 def linear(x: Array, weight: Array, lora: tuple[Array, Array, float] | None = None, bias: Array | float = 0.0) -> Array:
@@ -171,9 +168,13 @@ class Reference:
             return layernorm(x, self.weights[name], self.weights.get(f"{name}_bias", 0.0), self.spec.norm_eps)
         return rmsnorm(x, self.weights[name], self.spec.norm_eps)
 
-    def _linear(self, i: int, target: str, lora: Lora, x: Array) -> Array:
-        name = f"blk.{i}.{target}"
-        return linear(x, self.weights[name], lora.get((i, target)), self.weights.get(f"{name}_bias", 0.0))
+    def _linear(self, i: int, target: str, lora: Lora, x: Array, expert: int | None = None) -> Array:
+        name, adapter = f"blk.{i}.{target}", lora.get((i, target))
+        if expert is None:
+            return linear(x, self.weights[name], adapter, self.weights.get(f"{name}_bias", 0.0))
+        if adapter is not None:
+            adapter = (adapter[0][..., expert, :, :], adapter[1][..., expert, :, :], adapter[2])
+        return linear(x, self.weights[name][expert], adapter)
 
     def _attention(self, i: int, lora: Lora, h: Array, position: Array, seen: Array) -> Array:
         spec, block = self.spec, self.spec.blocks[i]
@@ -191,8 +192,13 @@ class Reference:
     def _mlp(self, i: int, lora: Lora, h: Array) -> Array:
         act = gelu if self.spec.activation == "gelu" else silu
         if self.spec.blocks[i].experts:
-            router, gate, up, down = (self.weights[f"blk.{i}.{part}"] for part in ("router", "gate", "up", "down"))
-            return experts(h, router, gate, up, down, self.spec.experts_used, self.spec.expert_norm, act)
+
+            def mlp(e: int, h: Array) -> Array:
+                return self._linear(
+                    i, "down", lora, act(self._linear(i, "gate", lora, h, e)) * self._linear(i, "up", lora, h, e), e
+                )
+
+            return experts(h, self.weights[f"blk.{i}.router"], mlp, self.spec.experts_used, self.spec.expert_norm)
         up = self._linear(i, "up", lora, h)
         return self._linear(i, "down", lora, act(self._linear(i, "gate", lora, h)) * up if self.spec.gated else act(up))
 
@@ -287,17 +293,16 @@ def split_heads(x: Array, head_dim: int) -> Array:
 
 
 def random_lora(
-    spec: ModelSpec, rank: int, scale: float = 1.0, seed: int = 0, targets: Sequence[str] = TARGETS
+    spec: ModelSpec, rank: int, scale: float = 1.0, seed: int = 0, targets: Sequence[str] = COVERABLE
 ) -> dict[Place, Any]:
     """An adapter with nothing zero, so that every gradient is: A as large as a weight, B a tenth of that. float32 values."""
     rng = np.random.default_rng(seed)
     found = {}
-    for layer, target in spec.places():
-        if target in targets:
-            n, k = spec.linear_shape(target, layer)
-            a = (rng.standard_normal((rank, k)) / np.sqrt(k)).astype(np.float32)
-            b = (0.1 * rng.standard_normal((n, rank))).astype(np.float32)
-            found[layer, target] = (a.astype(np.float64), b.astype(np.float64), scale)
+    for layer, target in spec.places(targets):
+        *experts, n, k = spec.tensor_shape(f"blk.{layer}.{target}")
+        a = (rng.standard_normal((*experts, rank, k)) / np.sqrt(k)).astype(np.float32)
+        b = (0.1 * rng.standard_normal((*experts, n, rank))).astype(np.float32)
+        found[layer, target] = (a.astype(np.float64), b.astype(np.float64), scale)
     return found
 
 

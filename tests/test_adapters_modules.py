@@ -1,4 +1,4 @@
-"""Adapters of models whose modules are not Llama's: several targets in one, other names, none for experts."""
+"""Adapters of models whose modules are not Llama's: several targets in one, other names, one for each expert."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine_side import adapter_of
 from golden.make_transformers_configs import FILE
 from nomoat.adapters.convert.peft import from_peft, parse_config, to_peft
 from nomoat.adapters.package import CONFIG, WEIGHTS, load_adapter, save_adapter
@@ -17,6 +18,7 @@ from nomoat.errors import AdapterError
 from nomoat.files.safetensors import write_safetensors
 from nomoat.models import spec_from_hf
 from nomoat.models.spec import ModelSpec
+from reference import random_lora
 
 GOLDEN: dict[str, dict[str, Any]] = json.loads(FILE.read_text(encoding="utf-8"))
 PHI3 = spec_from_hf(GOLDEN["phi3"]["config"], None, name="phi3")
@@ -152,14 +154,7 @@ def test_fused_modules_beyond_the_last_layer() -> None:
 @pytest.mark.parametrize("name", ["gemma3", "starcoder2", "qwen3_moe_dense_layers", "olmo2", "smollm3", "granite", "qwen2"])
 def test_every_architecture_round_trips(name: str, tmp_path: Path) -> None:
     spec = spec_from_hf(GOLDEN[name]["config"], None, name=name)
-    rng = np.random.default_rng(1)
-    tensors = {}
-    for layer, target in spec.places():
-        rows, columns = spec.linear_shape(target, layer)
-        a, b = rng.standard_normal((2, columns)), rng.standard_normal((rows, 2))
-        tensors[layer, target] = (a.astype(np.float32), b.astype(np.float32))
-    targets = tuple(target for target in ALL if any(target == place[1] for place in tensors))
-    adapter = Adapter(2, 4.0, targets, tensors)
+    adapter = adapter_of(random_lora(spec, 2, scale=2.0))
     folder = save_adapter(tmp_path / "a", adapter, spec, {})
     assert load_adapter(folder, spec)[0].digest == adapter.digest
     names = set(GOLDEN[name]["tensors"])
@@ -183,8 +178,10 @@ def test_adapters_of_gemma3_with_images(root: str) -> None:
         from_peft(parse_config(config), {key.replace(root, "vision."): value for key, value in arrays.items()}, spec)
 
 
-@pytest.mark.parametrize("path", ["mlp.experts.0.gate_proj", "mlp.gate", "mlp.up_proj"])
-def test_adapters_on_experts_are_refused(path: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "path", ["mlp.gate", "mlp.up_proj", "mlp.experts.00.gate_proj", "mlp.experts.x.gate_proj", "mlp.experts"]
+)
+def test_what_is_no_linear_of_a_mixture_is_refused(path: str, tmp_path: Path) -> None:
     spec = spec_from_hf(GOLDEN["qwen3_moe"]["config"], None)
     arrays = {
         f"{STEM}0.{path}.lora_{side}.weight": np.ones((RANK, 32) if side == "A" else (16, RANK), np.float32) for side in "AB"
@@ -192,3 +189,107 @@ def test_adapters_on_experts_are_refused(path: str, tmp_path: Path) -> None:
     with pytest.raises(AdapterError) as caught:
         load_adapter(peft_files(tmp_path / "a", {}, arrays), spec)
     assert caught.value.code in ("E_ARCH", "E_SHAPE")
+
+
+def expert_adapter(spec: ModelSpec, targets: tuple[str, ...] = ("experts",), rank: int = RANK) -> Adapter:
+    return adapter_of(random_lora(spec, rank, scale=ALPHA / RANK, targets=targets))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_are_written_one_by_one(name: str, tmp_path: Path) -> None:
+    """Under the names that folders have, and read back as they were."""
+    spec = spec_from_hf(GOLDEN[name]["config"], None, name=name)
+    adapter = expert_adapter(spec, ("q", "experts"))
+    read, _ = load_adapter(save_adapter(tmp_path / "a", adapter, spec, {}), spec)
+    assert (read.digest, read.targets) == (adapter.digest, ("q", "gate", "up", "down"))
+    config, arrays = to_peft(adapter, spec)
+    leaves = ["w1", "w3", "w2"] if name == "mixtral" else ["gate_proj", "up_proj", "down_proj"]
+    assert (config["target_modules"], config["rank_pattern"]) == (["q_proj", *leaves], {})
+    names = {tensor.removeprefix("base_model.model.").rpartition(".lora_")[0] for tensor in arrays}
+    folder = {one.removesuffix(".weight") for one in GOLDEN[name]["tensors"]}
+    assert names == {one for one in folder if "experts." in one or "q_proj" in one}
+
+
+def parameters_of(adapter: Adapter, spec: ModelSpec) -> tuple[dict[str, Any], dict[str, Float32]]:
+    """The same as PEFT has it on the parameters of transformers 5: gate and up in one, each with ranks of its own."""
+    arrays = {}
+    for layer in range(spec.layers):
+        (gate_a, gate_b), (up_a, up_b), (down_a, down_b) = (adapter.tensors[layer, t] for t in ("gate", "up", "down"))
+        both = np.zeros((len(gate_b), 2 * gate_b.shape[1], 2 * RANK), np.float32)
+        both[:, : gate_b.shape[1], :RANK], both[:, gate_b.shape[1] :, RANK:] = gate_b, up_b
+        pairs = {".base_layer": (np.concatenate([gate_a, up_a], axis=1), both), "": (down_a, down_b)}
+        for path, (a, b) in pairs.items():
+            stem = f"{STEM}{layer}.mlp.experts{path}.lora_"
+            arrays[f"{stem}A.weight"] = np.ascontiguousarray(a.reshape(-1, a.shape[-1]))
+            arrays[f"{stem}B.weight"] = np.ascontiguousarray(b.transpose(1, 2, 0).reshape(b.shape[1], -1))
+    config = {
+        "target_modules": [],
+        "target_parameters": ["gate_up_proj", "down_proj"],
+        "rank_pattern": {r".*\.gate_up_proj": 2 * RANK},
+        "alpha_pattern": {r".*\.gate_up_proj": 2 * ALPHA},
+    }
+    return config, arrays
+
+
+def test_parameters_of_all_experts(tmp_path: Path) -> None:
+    spec = spec_from_hf(GOLDEN["qwen3_moe"]["config"], None)
+    adapter = expert_adapter(spec)
+    config, arrays = parameters_of(adapter, spec)
+    assert load_adapter(peft_files(tmp_path / "a", config, arrays), spec)[0].digest == adapter.digest
+
+
+def test_parameters_that_share_an_a(tmp_path: Path) -> None:
+    """As PEFT itself trains gate and up; down alone is then the only wrapped parameter."""
+    spec = spec_from_hf(GOLDEN["qwen3_moe"]["config"], None)
+    rng = np.random.default_rng(0)
+    count, (rows, columns) = spec.blocks[0].experts, spec.linear_shape("gate")
+    a = rng.standard_normal((count * RANK, columns)).astype(np.float32)
+    b = rng.standard_normal((2 * rows, RANK * count)).astype(np.float32)
+    stem = f"{STEM}0.mlp.experts.lora_"
+    config = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}
+    adapter, _ = load_adapter(peft_files(tmp_path / "a", config, {f"{stem}A.weight": a, f"{stem}B.weight": b}), spec)
+    assert adapter.places() == [(0, "gate"), (0, "up")]
+    assert np.array_equal(adapter.tensors[0, "gate"][0], adapter.tensors[0, "up"][0])
+    up = adapter.tensors[0, "up"]
+    expected = np.einsum("ore,erk->eok", b.reshape(2 * rows, RANK, count)[rows:], a.reshape(count, RANK, columns))
+    np.testing.assert_allclose(up[1] @ up[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def lacking(arrays: dict[str, Float32], part: str) -> dict[str, Float32]:
+    return {name: values for name, values in arrays.items() if part not in name}
+
+
+HOSTILE: dict[str, tuple[Any, str]] = {
+    "an expert is missing": (lambda arrays: lacking(arrays, ".0.mlp.experts.1.up_proj."), "E_SHAPE"),
+    "its A is missing": (lambda arrays: lacking(arrays, ".0.mlp.experts.1.up_proj.lora_A"), "E_SHAPE"),
+    "an expert too many": (lambda arrays: {name.replace("experts.3", "experts.4"): a for name, a in arrays.items()}, "E_SHAPE"),
+    "a layer too many": (lambda arrays: {name.replace("layers.1", "layers.9"): a for name, a in arrays.items()}, "E_SHAPE"),
+    "another rank": (lambda arrays: arrays | {f"{STEM}0.mlp.experts.1.up_proj.lora_A.weight": np.ones((2, 32), "f4")}, "E_SHAPE"),
+    "another width": (lambda arrays: {name: a[:, :-1] for name, a in arrays.items()}, "E_SHAPE"),
+    "another spelling": (lambda arrays: {name.replace("experts.3", "experts.03"): a for name, a in arrays.items()}, "E_ARCH"),
+    "not finite": (lambda arrays: {name: a * np.float32(np.nan) for name, a in arrays.items()}, "E_NONFINITE"),
+}
+
+
+@pytest.mark.parametrize("fault", HOSTILE)
+def test_faults_in_adapters_of_experts(fault: str, tmp_path: Path) -> None:
+    spec = spec_from_hf(GOLDEN["qwen3_moe"]["config"], None)
+    assert spec.blocks[0].experts == 4
+    change, code = HOSTILE[fault]
+    arrays = {name: np.ascontiguousarray(a) for name, a in change(to_peft(expert_adapter(spec), spec)[1]).items()}
+    with pytest.raises(AdapterError) as caught:
+        load_adapter(peft_files(tmp_path / "a", {}, arrays), spec)
+    assert caught.value.code == code, caught.value
+
+
+@pytest.mark.parametrize("count", [3, 5])
+def test_parameters_of_another_number_of_experts(count: int, tmp_path: Path) -> None:
+    spec = spec_from_hf(GOLDEN["qwen3_moe"]["config"], None)
+    config, arrays = parameters_of(expert_adapter(spec), spec)
+    name = f"{STEM}0.mlp.experts.lora_A.weight"
+    arrays[name] = np.ones((count * RANK, arrays[name].shape[1]), np.float32)
+    with pytest.raises(AdapterError, match="for each of 4 experts") as caught:
+        load_adapter(peft_files(tmp_path / "a", config, arrays), spec)
+    assert caught.value.code == "E_SHAPE"
+    with pytest.raises(AdapterError, match="expected base_model"):  # without saying whose it is
+        load_adapter(peft_files(tmp_path / "b", {}, arrays), spec)

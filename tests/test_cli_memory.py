@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+import architectures
 from nomoat import settings
+from nomoat.adapters.package import load_adapter
 from nomoat.cli import main
 from nomoat.engine.model import Model
+from nomoat.engine.weights import read_spec
 from nomoat.hub.fit import Machine, weight_bytes
 from nomoat.train import run
 from tiny import tiny_llama
@@ -105,3 +108,23 @@ def test_training_plans_no_memory_for_weights_that_are_paged(base: str, rows: st
         for larger in (False, True)
     )
     assert whole - paged == weight_bytes(Path(base).stat().st_size)
+
+
+def test_a_mixture_larger_than_memory_learns_in_its_experts_and_answers(
+    rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says so first; the adapter has a part for each expert, and changes the answers' likelihood."""
+    base = str(architectures.ROWS["mixtral"].gguf_file(tmp_path / "mixtral.gguf"))
+    install(monkeypatch, SMALL)
+    options = ["--max-steps", "3", "--metric", "none", "--lr", "0.01", "--rank", "2", "--targets", "q,experts", "--yes"]
+    assert main(["train", base, rows, "--name", "x", *options, "--larger-than-memory"]) == 0
+    assert capsys.readouterr().out.startswith("the packed weights take 0.8 MB; this machine has 2.15 GB of memory")
+    adapter, manifest = load_adapter(settings.adapters_dir() / "x", read_spec(Path(base)))
+    assert manifest["targets"] == ["q", "gate", "up", "down"]
+    assert all(a.ndim == (2 if target == "q" else 3) for (_, target), (a, _) in adapter.tensors.items())
+    losses = []
+    for name in (base, f"{base}+x"):
+        assert main(["eval", name, rows, "--metric", "loss", "--json", "--larger-than-memory"]) == 0
+        losses.append(capsys.readouterr().out)
+    assert losses[0] != losses[1]
+    assert main(["run", f"{base}+x", "Hello", "--max-tokens", "2", "--larger-than-memory"]) == 0

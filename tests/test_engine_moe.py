@@ -18,9 +18,9 @@ from engine_side import Trained, adapter_of, cosine, flat, joined, random_pack, 
 from families import NORMS, POST_NORMS, model_of, rope
 from nomoat.data.pack import Pack
 from nomoat.engine.stack import Adapter
-from nomoat.errors import AdapterError, ModelError
+from nomoat.errors import AdapterError, InputError, ModelError
 from nomoat.files.ggml import GgmlType
-from nomoat.models.spec import TARGETS, LayerSpec, ModelSpec, Source
+from nomoat.models.spec import COVERABLE, TARGETS, LayerSpec, ModelSpec, Source
 from reference import Reference, random_lora
 from test_engine_prefix import examples, step
 
@@ -141,7 +141,7 @@ def case(request: pytest.FixtureRequest) -> Case:
     pack = random_pack(spec.vocab, (5, 1, 7), seed=5)
     for seed in itertools.count():
         model, oracle = build(spec, "Q8_0", seed)
-        trained = Trained(TrainableLora(spec, rank=2, alpha=4.0))
+        trained = Trained(TrainableLora(spec, rank=2, alpha=4.0, targets=COVERABLE))
         if margin(Built(model, oracle), pack.tokens, pack.starts, trained.values()) > MARGIN:
             break
     lora, batch = trained.values(), (pack.tokens, pack.targets, pack.weights, pack.starts)
@@ -151,8 +151,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 def test_every_gradient_in_f32(case: Case) -> None:
     found, logp = case.trained.gradients(case.model, case.pack, "f32")
-    attention = {(layer, target) for layer in range(3) for target in "qkvo"}
-    assert found.keys() == case.gradients.keys() == attention | {(1, target) for target in ("gate", "up", "down")}
+    assert found.keys() == case.gradients.keys() == {(layer, target) for layer in range(3) for target in TARGETS}
     assert relative_error(logp, case.logp) < 1e-5
     assert relative_error(flat(found), flat(case.gradients)) < 1e-5
     for place, pair in case.gradients.items():
@@ -186,7 +185,7 @@ def test_norms_and_scales_around_experts(name: str) -> None:
     pack = random_pack(96, (9, 3, 12), seed=6)
     batch = (pack.tokens, pack.targets, pack.weights, pack.starts)
     model, oracle = without_ties(spec_of(48, 48, 2, True, "ede", vectors, **fields), "F32", *batch[::3], least=1e-3)
-    trained = Trained(TrainableLora(model.spec, rank=3, alpha=6.0))
+    trained = Trained(TrainableLora(model.spec, rank=3, alpha=6.0, targets=COVERABLE))
     found, logp = trained.gradients(model, pack, "f32")
     assert relative_error(logp, oracle.logprobs(*batch, trained.values())) < 1e-5
     along = oracle.derivative(found, trained.values(), *batch)
@@ -237,7 +236,7 @@ def test_a_row_does_not_depend_on_chunks_neighbours_or_threads(built: Built, pre
 def test_training_repeats_bit_for_bit(built: Built, precision: str) -> None:
     """On any number of threads, and with layers kept or run again; scoring sees the same numbers."""
     model = built.model
-    trained = Trained(TrainableLora(model.spec, rank=3, alpha=6.0), seed=2)
+    trained = Trained(TrainableLora(model.spec, rank=3, alpha=6.0, targets=COVERABLE), seed=2)
     packs = [random_pack(model.spec.vocab, lengths, seed=3) for lengths in ((33, 7, 12), (1,))]
     pack = joined(packs)
     d_logp = -pack.weights[pack.weights != 0]
@@ -280,13 +279,84 @@ def test_what_the_tape_keeps_of_a_row() -> None:
     )
 
 
-def test_adapters_do_not_reach_experts() -> None:
+@pytest.mark.parametrize("precision", LOGIT_ERROR)
+@pytest.mark.parametrize("type", ["F32", "Q8_0"])
+def test_logits_with_adapters_on_experts(type: str, precision: str) -> None:
+    """Two stacks side by side, each a sum of adapters, and rows without any: all as if they were alone."""
+    spec = spec_of(*SHAPES[type], 2, True, "ed")
+    some, other = (random_lora(spec, rank=3, scale=1.0, seed=seed) for seed in (1, 2))
+    both = {
+        place: (np.concatenate([a, other[place][0]], axis=-2), np.concatenate([b, -0.5 * other[place][1]], axis=-1), 1.0)
+        for place, (a, b, _) in some.items()
+    }
+    tokens = TOKENS[:12]
+    loras = (some, both, None)
+    built = next(
+        built
+        for seed in itertools.count()
+        if min(margin(built := build(spec, type, seed), tokens, lora=lora) for lora in loras) > MARGIN / 2
+    )
+    model, oracle = built
+    stacks = [
+        Stack(spec, [(adapter_of(some), 1.0)]),
+        Stack(spec, [(adapter_of(some), 1.0), (adapter_of(other), -0.5)]),
+        None,
+    ]
+    x = model.forward([(Sequence(), tokens, stack) for stack in stacks], precision=precision)
+    found = model.head(x, range(len(x)), precision=precision).reshape(3, len(tokens), -1)
+    for stack, lora, logits in zip(stacks, loras, found, strict=True):
+        assert relative_error(logits, oracle.logits(tokens, lora=lora)) < LOGIT_ERROR[precision]
+        np.testing.assert_array_equal(logits, model.logits(tokens, stack=stack, precision=precision))
+    assert relative_error(found[0], oracle.logits(tokens)) > 0.1  # the adapter matters
+
+
+def test_training_on_top_of_adapters_on_experts(built: Built) -> None:
+    """Both are one adapter of twice the rank, of which the last ranks learn."""
+    model, oracle = built
+    base = random_lora(model.spec, rank=2, scale=1.0, seed=3)
+    trained = Trained(
+        TrainableLora(model.spec, rank=2, alpha=2.0, targets=("q", "experts"), base=Stack(model.spec, [(adapter_of(base), 1.0)]))
+    )
+    assert {target for layer, target in trained.where if layer == 0} == {"q", "gate", "up", "down"}
+    assert {target for layer, target in trained.where if layer == 1} == {"q"}
+    pack = random_pack(model.spec.vocab, (9, 4), seed=4)
+    batch = (pack.tokens, pack.targets, pack.weights, pack.starts)
+    whole = dict(base)
+    for place, (a, b, scale) in trained.values().items():
+        whole[place] = (np.concatenate([base[place][0], a], axis=-2), np.concatenate([base[place][1], b], axis=-1), scale)
+    found, logp = trained.gradients(model, pack, "f32")
+    assert relative_error(logp, oracle.logprobs(*batch, whole)) < 1e-5
+    padded = {
+        place: (np.concatenate([0 * base[place][0], a], axis=-2), np.concatenate([0 * base[place][1], b], axis=-1))
+        for place, (a, b) in found.items()
+    }
+    along = oracle.derivative(padded, whole, *batch)
+    assert along == pytest.approx(float(flat(found) @ flat(found)), rel=2e-5)
+
+
+def test_what_is_covered() -> None:
+    """By default no experts; with them, each has an A and a B of its own."""
+    spec = spec_of(32, 48, 2, True, "ed")
+    assert [place for place in TrainableLora(spec, rank=2).places if place[0] == 0] == [(0, target) for target in "qkvo"]
+    lora = TrainableLora(spec, rank=2, targets=("experts",))
+    assert (lora.targets, lora.places) == (("gate", "up", "down"), [(0, "gate"), (0, "up"), (0, "down")])
+    shapes = [(a.shape, b.shape) for a, b in lora.to_adapter().tensors.values()]
+    assert shapes == [((EXPERTS, 2, 32), (EXPERTS, 48, 2))] * 2 + [((EXPERTS, 2, 48), (EXPERTS, 32, 2))]
+    assert len({parameter[:, e].tobytes() for parameter in lora.parameters[::2] for e in range(EXPERTS)}) == 3 * EXPERTS
+    with pytest.raises(InputError, match="the model has none of them"):
+        TrainableLora(spec_of(32, 32, 2, True, "d"), rank=2, targets=("experts",))
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [((2, 32), (32, 2)), ((4, 2, 32), (4, 32, 2)), ((5, 2, 32), (5, 32, 3)), ((5, 2, 16), (5, 32, 2)), ((5, 0, 32), (5, 32, 0))],
+)
+def test_an_adapter_of_other_experts_is_refused(a: tuple[int, ...], b: tuple[int, ...]) -> None:
     spec = spec_of(32, 32, 2, True, "e")
-    lora = TrainableLora(spec, rank=2)
-    assert lora.targets == ("q", "k", "v", "o")
-    a, b = np.zeros((2, 32), np.float32), np.zeros((32, 2), np.float32)
-    with pytest.raises(AdapterError, match="gate, which tiny experts does not have"):
-        Stack(spec, [(Adapter(2, 2.0, ("gate",), {(0, "gate"): (a, b)}), 1.0)])
+    adapter = Adapter(2, 2.0, ("gate",), {(0, "gate"): (np.zeros(a, np.float32), np.zeros(b, np.float32))})
+    with pytest.raises(AdapterError, match=r"A must be \[5, r, 32\] and B \[5, 32, r\]") as caught:
+        Stack(spec, [(adapter, 1.0)])
+    assert caught.value.code == "E_SHAPE"
 
 
 @pytest.mark.parametrize(

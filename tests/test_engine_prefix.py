@@ -11,6 +11,7 @@ from nomoat.data.pack import Pack, pack
 from nomoat.engine import model as engine
 from nomoat.engine.lora import TrainableLora
 from nomoat.engine.model import Model
+from nomoat.models.spec import COVERABLE
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def examples(vocab: int, prefix: int, count: int, seed: int) -> list[Example]:
 
 
 def step(model: Model, packs: list[Pack], precision: str) -> tuple[np.ndarray, list[np.ndarray]]:
-    lora = TrainableLora(model.spec, rank=4, seed=1)
+    lora = TrainableLora(model.spec, rank=4, seed=1, targets=COVERABLE)
     rng = np.random.default_rng(2)
     for parameter in lora.parameters:
         parameter[:] = 0.1 * rng.standard_normal(parameter.shape)

@@ -9,6 +9,7 @@ import pytest
 
 from nomoat.engine.lora import TrainableLora
 from nomoat.errors import InputError, ResourceError
+from nomoat.hub import fit
 from nomoat.hub.fit import Machine
 from nomoat.models.spec import TARGETS, LayerSpec
 from nomoat.train.plan import TrainOptions, check_resources, default_learning_rate, make_plan
@@ -110,13 +111,30 @@ def test_targets_that_a_model_has() -> None:
         TrainOptions(rank=2).check_model(spec)
         lora = TrainableLora(spec, rank=2)
         assert lora.targets == tuple(target for target in TARGETS if target not in absent)
-        assert lora.to_adapter().places() == list(spec.places())
+        assert lora.to_adapter().places() == list(spec.places(TARGETS))
         lora.to_adapter().check(spec)
         plan = make_plan(TrainOptions(rank=2), spec, MACHINE, **COUNTS)
         assert plan.trainable == sum(parameter.size for parameter in lora.parameters)
         for target in absent:
-            with pytest.raises(InputError, match=f"cannot cover {target}; it can cover q, k, v, o"):
+            with pytest.raises(InputError, match=f"cannot cover {target}; it can cover q, k, v, o, "):
                 TrainOptions(rank=2, targets=("q", target)).check_model(spec)
             with pytest.raises(InputError, match="the model has none of them"):
                 TrainableLora(spec, rank=2, targets=(target,))
-    assert [place for place in mixed.places() if place[0] == 0] == [(0, target) for target in "qkvo"]
+    assert [place for place in mixed.places(TARGETS) if place[0] == 0] == [(0, target) for target in "qkvo"]
+    with pytest.raises(InputError, match="cannot cover experts; it can cover q"):
+        TrainOptions(rank=2, targets=(*TARGETS, "experts")).check_model(plain)
+
+
+def test_experts_that_are_asked_for_are_counted() -> None:
+    """All of them as memory, those that a token uses as work."""
+    dense = toy_spec()
+    spec = replace(dense, blocks=(replace(dense.blocks[0], experts=4), dense.blocks[0]), experts_used=2)
+    mlp = sum(sum(spec.linear_shape(target)) for target in ("gate", "up", "down"))
+    options = TrainOptions(rank=2, targets=(*TARGETS, "experts"))
+    plan, plain = (make_plan(some, spec, MACHINE, **COUNTS) for some in (options, TrainOptions(rank=2)))
+    assert plan.trainable == plain.trainable + 4 * 2 * mlp
+    assert plan.trainable == sum(parameter.size for parameter in TrainableLora(spec, rank=2, targets=options.targets).parameters)
+    assert plan.memory_bytes == plain.memory_bytes + (fit.ADAPTER_STATE + 4) * 4 * 2 * mlp
+    active = fit.adapter_parameters(spec, 2, options.targets, active=True)
+    assert active == fit.adapter_parameters(spec, 2) + 2 * 2 * mlp
+    assert plan.seconds > plain.seconds

@@ -36,11 +36,21 @@ struct Dims {
 };
 
 // y += sum_r scale[r] * bt[r, :] * (a[r, :] . x): adapters of one linear, stacked by rank. Gradients accumulate into da and dbt
-// [rank - trained, ...] for the ranks from `trained` on; null when nothing is trained.
+// [rank - trained, ...] for the ranks from `trained` on; null when nothing is trained. Adapters of experts lie side by side in
+// each rank, [rank][experts][K]: so the trained ranks are one piece of memory for them too.
 struct Lora {
   const float *a = nullptr, *bt = nullptr, *scale = nullptr;
   float *da = nullptr, *dbt = nullptr;
   int rank = 0, trained = 0;
+  int lda = 0, ldb = 0;  // from one rank to the next, of a and da, of bt and dbt
+
+  // The adapter of one expert, whose weight has these rows and columns.
+  Lora expert(int index, int rows, int cols) const {
+    Lora one = *this;
+    one.a += size_t(index) * size_t(cols), one.bt += size_t(index) * size_t(rows);
+    if (da) one.da += size_t(index) * size_t(cols), one.dbt += size_t(index) * size_t(rows);
+    return one;
+  }
 };
 
 using LoraSet = std::vector<std::array<Lora, kTargets>>;  // [layer][target]
@@ -156,9 +166,9 @@ struct Engine {
   Rope& rope_of(const Layer& layer) { return layer.rope < 0 ? no_rope : ropes[size_t(layer.rope)]; }
 
   // scratch, grown on demand; names say who uses them
-  Buffer normed, normed_low, blocks, q8, q, k, v, attn_q, attn_k, attn_v, mixed, mixed_flat, gate, up, act, act_low, u, du,
-      logits, lse, dy_low, dx, dgate, dup, dmixed, dq, dk, dv, head_x, head_dx, x_wide, shared, turned_q, turned_k, branch,
-      d_branch, routing, chosen, pair_x, pair_low, pair_q, pair_blocks, pair_out, d_routing;
+  Buffer normed, normed_low, blocks, q8, q, k, v, attn_q, attn_k, attn_v, mixed, mixed_flat, gate, up, act, act_low, du, logits,
+      lse, dy_low, dx, dgate, dup, dmixed, dq, dk, dv, head_x, head_dx, x_wide, shared, turned_q, turned_k, branch, d_branch,
+      routing, chosen, pair_x, pair_dy, pair_low, pair_q, pair_blocks, pair_out, d_routing;
   std::array<Buffer, kTargets> target_u;
   std::vector<Buffer> thread_scratch = std::vector<Buffer>(256);
 };
@@ -198,7 +208,7 @@ struct LinearJob {
   bool add;                     // y += instead of y =
   Buffer* u;                    // where the tape keeps the rank-r intermediate; null = scratch
   const float* bias = nullptr;  // [rows of w, padded to 32]; null = none
-  int row = 0, rows = 0;        // rows of x that it takes and where they begin; 0 = all. Only without adapters and bias
+  int row = 0, rows = 0;        // rows of x (and of the batch) that it takes and where they begin; 0 = all. Only without bias
 };
 
 // y = W x + adapters + bias, for jobs that share their input. Columns of y beyond the rows of W become zero.

@@ -1,5 +1,6 @@
 // y = W x + B (A x) + b, and its backward. Base weights stay packed; adapters are added beside them.
 
+#include <algorithm>
 #include <type_traits>
 
 #include "op/engine.h"
@@ -57,23 +58,27 @@ const Lora* lora_of(const LoraSet* set, int layer, int target) {
   return lora.rank ? &lora : nullptr;
 }
 
-// Consecutive segments with the same adapters, as one run of rows.
+// Consecutive segments with the same adapters, as one run of rows: of those that a job takes, counted from its first one.
 template <class Visit>
-void for_adapter_runs(const Batch& batch, int layer, int target, Visit&& visit) {
+void for_adapter_runs(const Batch& batch, int layer, const LinearJob& job, Visit&& visit) {
+  const int begin = job.row, end = job.rows ? job.row + job.rows : batch.rows;
   for (size_t i = 0; i < batch.segments.size();) {
     const LoraSet* set = batch.segments[i].lora;
-    const int first = batch.segments[i].row;
+    const int first = std::max(batch.segments[i].row, begin);
     size_t j = i;
     while (j < batch.segments.size() && batch.segments[j].lora == set) j++;
-    const int last = batch.segments[j - 1].row + batch.segments[j - 1].count;
-    if (const Lora* lora = lora_of(set, layer, target)) visit(*lora, first, last);
+    const int last = std::min(batch.segments[j - 1].row + batch.segments[j - 1].count, end);
+    if (first < last)
+      if (const Lora* lora = lora_of(set, layer, job.target)) visit(*lora, first - begin, last - begin);
     i = j;
   }
 }
 
+// Of all rows, whatever a job takes: its rank-r intermediates lie among those of others.
 int widest_rank(const Batch& batch, int layer, int target) {
   int rank = 0;
-  for_adapter_runs(batch, layer, target, [&](const Lora& lora, int, int) { rank = lora.rank > rank ? lora.rank : rank; });
+  for (const Segment& segment : batch.segments)
+    if (const Lora* lora = lora_of(segment.lora, layer, target)) rank = std::max(rank, lora->rank);
   return rank;
 }
 
@@ -146,22 +151,26 @@ void linear_int8(const Activations& x, const LinearJob* jobs, int count) {
 }
 
 void adapters_int8(Engine& engine, const Activations& x, const LinearJob* jobs, int count, const Batch& batch, int layer) {
-  for (int j = 0; j < count; j++) {
-    const LinearJob& job = jobs[j];
-    const int rank = widest_rank(batch, layer, job.target);
-    if (!rank) continue;
-    const int columns = job.w->cols, rows = job.w->rows;
-    float* u = engine.u.get<float>(size_t(x.rows) * rank);
-    for_adapter_runs(batch, layer, job.target, [&](const Lora& lora, int first, int last) {
-      for_rows(last - first, 4, [&](int a, int b) {
-        for (int m = first + a; m < first + b; m++) {
-          kernels().lora_shrink(x.f32 + size_t(m) * x.cols, lora.a, columns, lora.scale, lora.rank, columns,
-                                u + size_t(m) * rank);
-          kernels().lora_expand(u + size_t(m) * rank, lora.bt, rows, lora.rank, 0, rows, job.y + size_t(m) * job.ldy);
-        }
-      });
+  constexpr int kRows = 4;
+  struct Share {
+    const LinearJob* job;
+    Lora lora;
+    int first, last;
+  };
+  std::vector<Share> shares;  // of all jobs: experts have a row or two each
+  for (int j = 0; j < count; j++)
+    for_adapter_runs(batch, layer, jobs[j], [&](const Lora& lora, int first, int last) {
+      for (; first < last; first += kRows) shares.push_back({jobs + j, lora, first, std::min(first + kRows, last)});
     });
-  }
+  parallel_for(int(shares.size()), [&](int task, int thread) {
+    const auto& [job, lora, first, last] = shares[size_t(task)];
+    const Activations in = input_of(*job, x);
+    float* u = engine.thread_scratch[size_t(thread)].get<float>(size_t(lora.rank));
+    for (int m = first; m < last; m++) {
+      kernels().lora_shrink(in.f32 + size_t(m) * in.cols, lora.a, lora.lda, lora.scale, lora.rank, job->w->cols, u);
+      kernels().lora_expand(u, lora.bt, lora.ldb, lora.rank, 0, job->w->rows, job->y + size_t(m) * job->ldy);
+    }
+  });
 }
 
 template <class T>
@@ -171,11 +180,13 @@ void linear_panels(Engine& engine, const Activations& x, const LinearJob* jobs, 
   for (int j = 0; j < count; j++) {
     ranks[j] = widest_rank(batch, layer, jobs[j].target);
     if (!ranks[j]) continue;
-    float* to = (jobs[j].u ? *jobs[j].u : engine.target_u[jobs[j].target]).get<float>(size_t(x.rows) * ranks[j]);
+    const Activations in = input_of(jobs[j], x);
+    float* to = (jobs[j].u ? *jobs[j].u : engine.target_u[jobs[j].target]).get<float>(size_t(x.rows) * ranks[j]) +
+                size_t(jobs[j].row) * ranks[j];
     u[j] = to;
-    for_adapter_runs(batch, layer, jobs[j].target, [&](const Lora& lora, int first, int last) {
+    for_adapter_runs(batch, layer, jobs[j], [&](const Lora& lora, int first, int last) {
       for_shares(last - first, [&](int a, int b, int thread) {
-        project_rows<T>(Ops<T>::of(x) + size_t(first + a) * x.cols, x.cols, b - a, lora.a, jobs[j].w->cols, jobs[j].w->cols,
+        project_rows<T>(Ops<T>::of(in) + size_t(first + a) * in.cols, in.cols, b - a, lora.a, lora.lda, jobs[j].w->cols,
                         lora.rank, lora.scale, to + size_t(first + a) * ranks[j], ranks[j], engine.thread_scratch[thread]);
       });
     });
@@ -200,9 +211,9 @@ void linear_panels(Engine& engine, const Activations& x, const LinearJob* jobs, 
     }
     if (rank) {
       float* plain = reinterpret_cast<float*>(panel);
-      for_adapter_runs(batch, layer, job.target, [&](const Lora& lora, int first, int last) {
+      for_adapter_runs(batch, layer, job, [&](const Lora& lora, int first, int last) {
         const float* own = u[tiles[task].job] + size_t(first) * rank;
-        kernels().plain_panel_f32(lora.bt, job.w->rows, lora.rank, job.w->rows, true, column, 0, round_up(lora.rank, 16), plain);
+        kernels().plain_panel_f32(lora.bt, lora.ldb, lora.rank, job.w->rows, true, column, 0, round_up(lora.rank, 16), plain);
         kernels().gemm_f32(own, rank, last - first, plain, lora.rank, c + size_t(first) * kPanelCols, true);
       });
     }
@@ -249,7 +260,7 @@ void backward_panels(Engine& engine, const Activations& x, const LinearBackwardJ
     du[j] = du_all;
     du_all += size_t(x.rows) * lora->rank;
     for_shares(x.rows, [&](int a, int b, int thread) {
-      project_rows<T>(dy[j] + size_t(a) * job.ldy, job.ldy, b - a, lora->bt, job.w->rows, job.w->rows, lora->rank, lora->scale,
+      project_rows<T>(dy[j] + size_t(a) * job.ldy, job.ldy, b - a, lora->bt, lora->ldb, job.w->rows, lora->rank, lora->scale,
                       du[j] + size_t(a) * lora->rank, lora->rank, engine.thread_scratch[thread]);
     });
     if (!lora->da) continue;
@@ -263,9 +274,9 @@ void backward_panels(Engine& engine, const Activations& x, const LinearBackwardJ
       const float* left = (is_a ? du[j] : job.u) + lora->trained;
       float* out = (is_a ? lora->da : lora->dbt);
       if (is_a)
-        Ops<T>::outer(left, lora->rank, trained, Ops<T>::of(x), x.cols, x.rows, first, last, out, width);
+        Ops<T>::outer(left, lora->rank, trained, Ops<T>::of(x), x.cols, x.rows, first, last, out, lora->lda);
       else
-        Ops<T>::outer(left, lora->rank, trained, dy[j], job.ldy, x.rows, first, last, out, width);
+        Ops<T>::outer(left, lora->rank, trained, dy[j], job.ldy, x.rows, first, last, out, lora->ldb);
     });
   }
   if (!dx) return;
@@ -290,7 +301,7 @@ void backward_panels(Engine& engine, const Activations& x, const LinearBackwardJ
       }
       if (const Lora* lora = lora_of(batch.lora(), layer, job.target)) {
         float* plain = reinterpret_cast<float*>(panel);
-        kernels().plain_panel_f32(lora->a, width, lora->rank, width, true, column, 0, round_up(lora->rank, 16), plain);
+        kernels().plain_panel_f32(lora->a, lora->lda, lora->rank, width, true, column, 0, round_up(lora->rank, 16), plain);
         kernels().gemm_f32(du[j], lora->rank, x.rows, plain, lora->rank, c, true);
       }
     }

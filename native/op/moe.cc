@@ -1,13 +1,15 @@
-// x += [norm] sum over the experts_used best experts e of w_e Wdown_e (act(Wgate_e h) * (Wup_e h)), h = [norm] x, where w are the
-// probabilities softmax(router h), over all experts, or these divided by the sum of those used (`expert_norm`).
+// x += [norm] sum over the experts_used best experts e of Wdown_e (w_e act(Wgate_e h) * (Wup_e h)), h = [norm] x, where w are the
+// probabilities softmax(router h), over all experts, or these divided by the sum of those used (`expert_norm`). The weight stands
+// before the down product, so that what this takes and gives back is what its adapter needs, forward and backward.
 //
 // A pair is a row and one of its experts. Pairs are sorted by expert, then by row, so that an expert's rows lie together and run
 // as one product; a row adds its experts up in order of their index, whatever runs beside it.
 //
-// The tape keeps x before the block, gate and up of every pair, the routing, and what a post-norm needs. The router is float32 in
-// every mode: which experts a row gets must not depend on how its other products are rounded.
+// The tape keeps x before the block, gate and up of every pair, rank-r intermediates, the routing, and what a post-norm needs.
+// The router is float32 in every mode: which experts a row gets must not depend on how its other products are rounded.
 
 #include <algorithm>
+#include <deque>
 
 #include "op/engine.h"
 
@@ -99,14 +101,62 @@ Activations gather(Engine& engine, const Activations& x, const Pairs& pairs, boo
   return {x.mode, pairs.count(), x.cols, x.digits, f32, low, q, scales};
 }
 
+bool adapted(const LoraSet* set, int layer, std::initializer_list<Target> targets) {
+  return set && std::any_of(targets.begin(), targets.end(), [&](Target t) { return (*set)[size_t(layer)][t].rank > 0; });
+}
+
+// The adapters of one expert, as those of the only layer of a set.
+LoraSet expert_set(const Dims& dims, const Layer& own, const LoraSet& set, int layer, int expert) {
+  LoraSet one(1);
+  for (const Target target : {kGate, kUp, kDown})
+    if (const Lora& lora = set[size_t(layer)][target]; lora.rank) {
+      const auto [rows, cols] = linear_shape(dims, own, target);
+      one[0][target] = lora.expert(expert, rows / own.experts, cols);
+    }
+  return one;
+}
+
+// The pairs as a batch: a segment is a run of pairs with the same expert, out of segments with the same adapters.
+struct PairBatch {
+  Batch batch;
+  std::deque<LoraSet> sets;  // segments point into it
+  bool on_input = false;     // gate or up of some have adapters
+};
+
+void batch_pairs(const Dims& dims, const Layer& own, int layer, const Pairs& pairs, const Batch& rows, PairBatch& into) {
+  bool any = false;
+  for (const Segment& segment : rows.segments) {
+    into.on_input |= adapted(segment.lora, layer, {kGate, kUp});
+    any |= adapted(segment.lora, layer, {kGate, kUp, kDown});
+  }
+  if (!any) return;
+  into.batch.rows = pairs.count();
+  for (int e = 0; e < own.experts; e++) {
+    size_t segment = 0;
+    const LoraSet* set = nullptr;  // of the run
+    for (int i = pairs.start[size_t(e)], begin = i; i < pairs.start[size_t(e) + 1]; i++) {
+      while (rows.segments[segment].row + rows.segments[segment].count <= pairs.row[size_t(i)]) segment++;
+      if (i > begin && rows.segments[segment].lora == set) {
+        into.batch.segments.back().count++;
+        continue;
+      }
+      set = rows.segments[segment].lora;
+      if (set) into.sets.push_back(expert_set(dims, own, *set, layer, e));
+      into.batch.segments.push_back({i, 1, 0, nullptr, set ? &into.sets.back() : nullptr});
+    }
+  }
+}
+
 struct Output {
   Target target;
   float* y;  // [pairs][ldy]
   int ldy;
+  Buffer* u;
 };
 
 // y = W_e x for the pairs of every expert that has any, all in one parallel region: with one row its experts share the threads.
-void run_experts(Engine& engine, const Layer& own, const Pairs& pairs, const Activations& x, const Output* outputs, int count) {
+void run_experts(Engine& engine, const Layer& own, const Pairs& pairs, const Batch& batch, const Activations& x,
+                 const Output* outputs, int count) {
   std::vector<Matrix> views;
   std::vector<LinearJob> jobs;
   views.reserve(size_t(own.experts) * size_t(count));  // jobs point into it
@@ -116,10 +166,9 @@ void run_experts(Engine& engine, const Layer& own, const Pairs& pairs, const Act
       const Output& out = outputs[i];
       views.push_back(own.expert(out.target, e));
       jobs.push_back(
-          {&views.back(), kTargets, out.y + size_t(first) * out.ldy, out.ldy, false, nullptr, nullptr, first, pairs.of(e)});
+          {&views.back(), out.target, out.y + size_t(first) * out.ldy, out.ldy, false, out.u, nullptr, first, pairs.of(e)});
     }
-  const Batch plain;  // no adapters on experts
-  linear(engine, x, jobs.data(), int(jobs.size()), plain, 0);
+  linear(engine, x, jobs.data(), int(jobs.size()), batch, 0);
 }
 
 // [pairs][ffn padded]
@@ -127,6 +176,16 @@ void activate(const Dims& dims, const float* gate, const float* up, int pairs, i
   for_rows(pairs, 8, [&](int first, int last) {
     const size_t at = size_t(first) * ffn;
     (dims.gelu ? kernels().gelu_mul : kernels().silu_mul)(gate + at, up + at, (last - first) * ffn, act + at);
+  });
+}
+
+// out[i] = weights[row[i]] * act[i], weights with a stride
+void weigh(const float* act, const int* row, const float* weights, int stride, int pairs, int ffn, float* out) {
+  for_rows(pairs, 8, [&](int first, int last) {
+    for (int i = first; i < last; i++) {
+      const float weight = weights[size_t(row[i]) * stride];
+      for (size_t at = size_t(i) * ffn; at < size_t(i + 1) * ffn; at++) out[at] = weight * act[at];
+    }
   });
 }
 
@@ -145,24 +204,29 @@ void moe_forward(Engine& engine, int layer, Mode mode, float* x, const Batch& ba
   const Activations input = prepare(mode, engine.digits[2], h, batch.rows, width, engine.normed_low, engine.q8, engine.blocks);
   float *gate = engine.gate.get<float>(count * ffn), *up = engine.up.get<float>(count * ffn),
         *act = engine.act.get<float>(count * ffn), *out = engine.pair_out.get<float>(count * width);
-  const Output gate_up[] = {{kGate, gate, ffn}, {kUp, up, ffn}}, down[] = {{kDown, out, width}};
-  const bool wide = own.w[kGate].floating() || own.w[kUp].floating();
-  run_experts(engine, own, pairs, gather(engine, input, pairs, wide), gate_up, 2);
+  PairBatch runs;
+  batch_pairs(dims, own, layer, pairs, batch, runs);
+  const Output gate_up[] = {{kGate, gate, ffn, tape ? &tape->u[kGate] : nullptr}, {kUp, up, ffn, tape ? &tape->u[kUp] : nullptr}},
+               down[] = {{kDown, out, width, tape ? &tape->u[kDown] : nullptr}};
+  const bool wide = own.w[kGate].floating() || own.w[kUp].floating() || runs.on_input;
+  run_experts(engine, own, pairs, runs.batch, gather(engine, input, pairs, wide), gate_up, 2);
   activate(dims, gate, up, pairs.count(), ffn, act);
+  for (int e = 0; e < own.experts; e++)
+    if (const size_t first = size_t(pairs.start[size_t(e)]); pairs.of(e))
+      weigh(act + first * ffn, pairs.row.data() + first, weights + e, stride, pairs.of(e), ffn, act + first * ffn);
   if (tape) {
     save_rows(mode, x, rows * width, tape->middle);
     save_rows(mode, gate, count * ffn, tape->gate);
     save_rows(mode, up, count * ffn, tape->up);
   }
   const Activations middle = prepare(mode, engine.digits[3], act, pairs.count(), ffn, engine.act_low, engine.q8, engine.blocks);
-  run_experts(engine, own, pairs, middle, down, 1);
+  run_experts(engine, own, pairs, runs.batch, middle, down, 1);
   const Branch branch = branch_of(engine, own.mlp_post_norm, x, batch.rows);
   for_rows(batch.rows, 4, [&](int first, int last) {
     for (size_t m = size_t(first); m < size_t(last); m++) {
       float* to = branch.to + m * width;
       if (!branch.direct) std::memset(to, 0, size_t(width) * sizeof(float));
-      for (size_t i = m * used; i < (m + 1) * used; i++)
-        kernels().axpy(out + size_t(pairs.place[i]) * width, weights[m * stride + size_t(chosen[i])], width, to);
+      for (size_t i = m * used; i < (m + 1) * used; i++) kernels().axpy(out + size_t(pairs.place[i]) * width, 1, width, to);
     }
   });
   join(engine, mode, branch, own.mlp_post_norm, batch.rows, x, tape ? &tape->mlp_branch : nullptr);
@@ -176,40 +240,49 @@ struct ExpertBackward {
   const int* row;          // its rows
   const float* weight;     // [all rows], stride `stride`
   float* d_weight;         // [rows of the expert]
+  Activations input;       // its rows of h
+  std::array<const float*, kTargets> u;
   int rows, stride;
 };
 
-void expert_backward(Engine& engine, const Layer& own, int expert, Mode mode, const ExpertBackward& e, const float* dx,
-                     float* dh) {
+void expert_backward(Engine& engine, const Layer& own, int expert, const ExpertBackward& e, const LoraSet* adapters,
+                     const float* dx, float* dh) {
   const Dims& dims = engine.dims;
   const int width = padded(dims.width), ffn = padded(own.ffn);
   const size_t rows = size_t(e.rows);
   const Matrix gate = own.expert(kGate, expert), up = own.expert(kUp, expert), down = own.expert(kDown, expert);
-  const Batch plain;
-  const Activations input{mode, e.rows, width, 0, nullptr, nullptr, nullptr, nullptr};  // without adapters only their number
-  float *dy = engine.pair_x.get<float>(rows * width), *act = engine.act.get<float>(rows * ffn),
+  Batch batch;
+  batch.rows = e.rows;
+  batch.segments = {{0, e.rows, 0, nullptr, adapters}};
+  float *dy = engine.pair_dy.get<float>(rows * width), *act = engine.act.get<float>(rows * ffn),
         *d_act = engine.pair_out.get<float>(rows * ffn), *d_gate = engine.dgate.get<float>(rows * ffn),
         *d_up = engine.dup.get<float>(rows * ffn);
   for_rows(e.rows, 16, [&](int first, int last) {
     for (int i = first; i < last; i++)
       std::memcpy(dy + size_t(i) * width, dx + size_t(e.row[i]) * width, size_t(width) * sizeof(float));
   });
-  const LinearBackwardJob out[] = {{&down, kTargets, dy, width, nullptr}};
-  linear_backward(engine, input, out, 1, plain, 0, d_act, ffn);  // not yet times the weight
   activate(dims, e.gate, e.up, e.rows, ffn, act);
+  Activations middle = e.input;  // without an adapter only its rows count
+  if (e.u[kDown]) {
+    float* taken = d_up;  // by down, in the place of a gradient that comes later
+    weigh(act, e.row, e.weight, e.stride, e.rows, ffn, taken);
+    middle = prepare(e.input.mode, 1, taken, e.rows, ffn, engine.act_low, engine.q8, engine.blocks);
+  }
+  const LinearBackwardJob out[] = {{&down, kDown, dy, width, e.u[kDown]}};
+  linear_backward(engine, middle, out, 1, batch, 0, d_act, ffn);  // the gradient of what the weight multiplies, times it below
   for_rows(e.rows, 8, [&](int first, int last) {
     for (int i = first; i < last; i++) {
       const size_t at = size_t(i) * ffn;
       const float one = 1, weight = e.weight[size_t(e.row[i]) * e.stride];
-      kernels().lora_shrink(d_act + at, act + at, ffn, &one, 1, ffn, e.d_weight + i);  // d weight = dx . expert(h)
+      kernels().lora_shrink(d_act + at, act + at, ffn, &one, 1, ffn, e.d_weight + i);
       for (int f = 0; f < ffn; f++) d_act[at + f] *= weight;
       (dims.gelu ? kernels().gelu_mul_backward : kernels().silu_mul_backward)(e.gate + at, e.up + at, d_act + at, ffn,
                                                                               d_gate + at, d_up + at);
     }
   });
-  const LinearBackwardJob in[] = {{&gate, kTargets, d_gate, ffn, nullptr}, {&up, kTargets, d_up, ffn, nullptr}};
-  float* d_input = engine.pair_x.get<float>(rows * width);
-  linear_backward(engine, input, in, 2, plain, 0, d_input, width);
+  const LinearBackwardJob in[] = {{&gate, kGate, d_gate, ffn, e.u[kGate]}, {&up, kUp, d_up, ffn, e.u[kUp]}};
+  float* d_input = engine.pair_dy.get<float>(rows * width);
+  linear_backward(engine, e.input, in, 2, batch, 0, d_input, width);
   for_rows(e.rows, 8, [&](int first, int last) {
     for (int i = first; i < last; i++) kernels().axpy(d_input + size_t(i) * width, 1, width, dh + size_t(e.row[i]) * width);
   });
@@ -234,7 +307,7 @@ void router_backward(Engine& engine, const Layer& own, const Pairs& pairs, const
   const Activations input{Mode::f32, rows, width, 0, nullptr, nullptr, nullptr, nullptr};
   const LinearBackwardJob job[] = {{&own.router, kTargets, d_logits, stride, nullptr}};
   const Batch plain;
-  float* from_router = engine.pair_x.get<float>(size_t(rows) * width);
+  float* from_router = engine.pair_dy.get<float>(size_t(rows) * width);
   linear_backward(engine, input, job, 1, plain, 0, from_router, width);
   for_rows(rows, 16, [&](int first, int last) {
     for (int m = first; m < last; m++) kernels().axpy(from_router + size_t(m) * width, 1, width, dh + size_t(m) * width);
@@ -255,14 +328,34 @@ void moe_backward(Engine& engine, int layer, Mode mode, float* dx, const Batch& 
               *up = load_rows(mode, tape.up, count * ffn, engine.up);
   float *dh = engine.dx.get<float>(rows * width), *d_weights = engine.d_routing.get<float>(count);
   std::memset(dh, 0, rows * width * sizeof(float));
+  const float* x = load_rows(mode, tape.middle, rows * width, engine.x_wide);
+  const LoraSet* set = batch.lora();                                                     // a training step has one
+  Activations input{mode, pairs.count(), width, 0, nullptr, nullptr, nullptr, nullptr};  // only adapters need more of it
+  if (adapted(set, layer, {kGate, kUp})) {
+    const float* h = normed(engine, x, own.mlp_norm, own.mlp_norm_bias, batch.rows);
+    input = gather(engine, prepare(mode, 1, h, batch.rows, width, engine.normed_low, engine.q8, engine.blocks), pairs, false);
+  }
   for (int e = 0; e < own.experts; e++) {
-    const size_t first = size_t(pairs.start[size_t(e)]);
-    const ExpertBackward expert{
-        gate + first * ffn, up + first * ffn, pairs.row.data() + first, weights + e, d_weights + first, pairs.of(e), stride};
-    if (expert.rows) expert_backward(engine, own, e, mode, expert, d_branch, dh);
+    const size_t first = size_t(pairs.start[size_t(e)]), at = first * size_t(width);
+    const LoraSet own_set = set ? expert_set(engine.dims, own, *set, layer, e) : LoraSet(1);
+    ExpertBackward expert{gate + first * ffn,
+                          up + first * ffn,
+                          pairs.row.data() + first,
+                          weights + e,
+                          d_weights + first,
+                          input,
+                          {},
+                          pairs.of(e),
+                          stride};
+    expert.input.rows = expert.rows;
+    if (input.f32) expert.input.f32 += at;
+    if (input.low) expert.input.low += at;
+    for (const Target target : {kGate, kUp, kDown})
+      if (const int rank = own_set[0][target].rank) expert.u[target] = tape.u[target].data<float>() + first * size_t(rank);
+    if (expert.rows) expert_backward(engine, own, e, expert, &own_set, d_branch, dh);
   }
   router_backward(engine, own, pairs, chosen, weights, d_weights, batch.rows, dh);
-  normed_backward(engine, load_rows(mode, tape.middle, rows * width, engine.x_wide), own.mlp_norm, dh, batch.rows, dx);
+  normed_backward(engine, x, own.mlp_norm, dh, batch.rows, dx);
 }
 
 }  // namespace nomoat

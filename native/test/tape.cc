@@ -23,8 +23,10 @@ Dims dims_of(Format format) {
   return d;
 }
 
-// What only some families of models have; each layer has another shape, window and rotation.
-enum class Kind { plain, head_norms, row_norms };
+// What only some families of models have; each layer has another shape, window and rotation. Or experts in all layers but one.
+enum class Kind { plain, head_norms, row_norms, experts };
+
+bool enriched(Kind kind) { return kind == Kind::head_norms || kind == Kind::row_norms; }
 
 struct Model {
   Engine engine;
@@ -33,7 +35,8 @@ struct Model {
   std::vector<std::unique_ptr<Floats>> vectors;
 
   explicit Model(Format format, Kind kind = Kind::plain) : engine(dims_of(format)), norm(size_t(padded(engine.dims.width))) {
-    if (kind != Kind::plain) enrich(kind);
+    if (enriched(kind)) enrich(kind);
+    engine.experts_used = 2;
     const Dims& d = engine.dims;
     for (int i = 0; i < d.width; i++) norm[size_t(i)] = 1 + 0.01f * float(i % 7);
     Rope rope;
@@ -43,12 +46,14 @@ struct Model {
     for (int layer = 0; layer < d.layers; layer++) {
       Layer& own = engine.layers[size_t(layer)];
       if (!own.heads) own.heads = 4, own.kv_heads = 2, own.ffn = 96;
+      own.experts = kind == Kind::experts && layer != 1 ? 3 : 0;
       for (int t = 0; t < kTargets; t++) {
         const auto [rows, cols] = linear_shape(d, own, t);
         own.w[size_t(t)] = add(format, rows, cols);
       }
+      if (own.experts) own.router = add(format, own.experts, d.width);
       own.attn_norm = own.mlp_norm = norm.data();
-      if (kind != Kind::plain) add_vectors(own, d);
+      if (enriched(kind)) add_vectors(own, d);
     }
     engine.embed = engine.head = add(format, d.vocab, d.width);
     engine.final_norm = norm.data();
@@ -110,15 +115,18 @@ struct Adapter {
     Random random(300);
     for (size_t layer = 0; layer < set.size(); layer++)
       for (size_t t = 0; t < kTargets; t++) {
-        const Matrix& w = model.engine.layers[layer].w[t];
+        const Layer& own = model.engine.layers[layer];
+        const Matrix& w = own.w[t];
         Lora& l = set[layer][t];
         l.rank = rank;
         l.trained = rank - trained;
-        l.a = add(random.floats(size_t(rank * w.cols), -0.2f, 0.2f));
-        l.bt = add(random.floats(size_t(rank * w.rows), -0.2f, 0.2f));
+        l.lda = w.cols * (own.experts && t >= kGate ? own.experts : 1);
+        l.ldb = w.rows;  // those of all experts
+        l.a = add(random.floats(size_t(rank * l.lda), -0.2f, 0.2f));
+        l.bt = add(random.floats(size_t(rank * l.ldb), -0.2f, 0.2f));
         l.scale = add(random.floats(size_t(rank), 0.5f, 2));
-        l.da = add(Floats(size_t(trained * w.cols)));
-        l.dbt = add(Floats(size_t(trained * w.rows)));
+        l.da = add(Floats(size_t(trained * l.lda)));
+        l.dbt = add(Floats(size_t(trained * l.ldb)));
       }
   }
   float* add(Floats values) { return parts.emplace_back(std::make_unique<Floats>(std::move(values)))->data(); }
@@ -160,7 +168,7 @@ Floats logits(Model& model, Mode mode, const Batch& batch) {
   Floats x = embedded(model, batch.rows);
   for (int layer = 0; layer < e.dims.layers; layer++) {
     attention_forward(e, layer, mode, x.data(), batch, cache, layer, nullptr);
-    mlp_forward(e, layer, mode, x.data(), batch, nullptr);
+    (e.layers[size_t(layer)].experts ? moe_forward : mlp_forward)(e, layer, mode, x.data(), batch, nullptr);
   }
   std::vector<int32_t> rows(static_cast<size_t>(batch.rows));
   for (int m = 0; m < batch.rows; m++) rows[size_t(m)] = m;
@@ -182,7 +190,7 @@ Step train(Model& model, Adapter& adapter, Mode mode, const Batch& batch, const 
   Floats x = embedded(model, batch.rows);
   auto forward = [&](size_t layer, float* rows, LayerTape* own) {
     attention_forward(e, int(layer), mode, rows, batch, tape.scratch, 0, own);
-    mlp_forward(e, int(layer), mode, rows, batch, own);
+    (e.layers[layer].experts ? moe_forward : mlp_forward)(e, int(layer), mode, rows, batch, own);
   };
   for (size_t layer = 0; layer < keep.size(); layer++) {
     if (!keep[layer]) save_rows(Mode::f32, x.data(), x.size(), tape.inputs[layer]);
@@ -197,7 +205,7 @@ Step train(Model& model, Adapter& adapter, Mode mode, const Batch& batch, const 
   for (size_t layer = keep.size(); layer-- > 0;) {
     LayerTape* own = &tape.kept[layer];
     if (!keep[layer]) forward(layer, tape.inputs[layer].data<float>(), own = &tape.again);
-    mlp_backward(e, int(layer), mode, step.dx.data(), batch, *own);
+    (e.layers[layer].experts ? moe_backward : mlp_backward)(e, int(layer), mode, step.dx.data(), batch, *own);
     attention_backward(e, int(layer), mode, step.dx.data(), batch, *own, true);
   }
   step.gradients = adapter.gradients();
@@ -254,6 +262,12 @@ TEST("tape: so do models with norms of heads, biases, caps, windows and layers o
   }
 }
 
+TEST("tape: so do adapters on experts") {
+  Model model(Format::Q8_0, Kind::experts);
+  for (Mode mode : {Mode::bf16, Mode::f32}) check_kept_and_again(model, mode, kLengths, 0);
+  check_kept_and_again(model, Mode::bf16, {70, 9, 1, 20}, 70);
+}
+
 TEST("tape: an engine whose scratch memory has seen other shapes gives the same bits") {
   for (Kind kind : {Kind::plain, Kind::head_norms, Kind::row_norms}) {
     Model used(Format::F16, kind), fresh(Format::F16, kind);
@@ -305,28 +319,33 @@ TEST("tape: gradients of the trained ranks do not depend on where the frozen ran
 }
 
 TEST("tape: adapters of any rank stay inside their memory") {  // the sanitizers look
-  Model model(Format::Q8_0);
-  for (int rank : {1, 47, 49, 257, 270, 300})
-    for (Mode mode : {Mode::bf16, Mode::f32}) {
-      const Step step = fresh_step(model, mode, rank, rank, {5}, {1, 1, 1});
-      CHECK(all_finite(step.gradients), "rank %d: a gradient is not finite", rank);
-    }
-  Adapter wide(model, 270, 1);
-  CHECK(all_finite(logits(model, Mode::int8, batch_of({3}, &wide.set))), "rank 270, int8");
+  for (Kind kind : {Kind::plain, Kind::experts}) {
+    Model model(Format::Q8_0, kind);
+    for (int rank : {1, 47, 49, 257, 270, 300})
+      for (Mode mode : {Mode::bf16, Mode::f32}) {
+        const Step step = fresh_step(model, mode, rank, rank, {5}, {1, 1, 1});
+        CHECK(all_finite(step.gradients), "rank %d: a gradient is not finite", rank);
+      }
+    Adapter wide(model, 270, 1);
+    CHECK(all_finite(logits(model, Mode::int8, batch_of({3}, &wide.set))), "rank 270, int8");
+  }
 }
 
 TEST("tape: rows of one batch are what they are alone") {
   for (Mode mode : {Mode::int8, Mode::bf16, Mode::f32}) {
-    Model model(Format::Q4_0);
-    Adapter one(model, 4, 1), two(model, 6, 1);
-    const Floats mixed = [&] {
-      Batch b = batch_of({11, 11}, &one.set);
-      b.segments[1].lora = &two.set;
-      return logits(model, mode, b);
-    }();
-    const Floats alone = logits(model, mode, batch_of({11}, &one.set));
-    CHECK(same_bits(mixed.data(), alone.data(), alone.size() * sizeof(float)), "mode %d: a neighbour changed a row", int(mode));
-    CHECK(!same_bits(mixed.data() + alone.size(), alone.data(), alone.size() * sizeof(float)), "the second adapter does nothing");
+    for (Kind kind : {Kind::plain, Kind::experts}) {
+      Model model(Format::Q4_0, kind);
+      Adapter one(model, 4, 1), two(model, 6, 1);
+      const Floats mixed = [&] {
+        Batch b = batch_of({11, 11}, &one.set);
+        b.segments[1].lora = &two.set;
+        return logits(model, mode, b);
+      }();
+      const Floats alone = logits(model, mode, batch_of({11}, &one.set));
+      CHECK(same_bits(mixed.data(), alone.data(), alone.size() * sizeof(float)), "mode %d: a neighbour changed a row", int(mode));
+      CHECK(!same_bits(mixed.data() + alone.size(), alone.data(), alone.size() * sizeof(float)),
+            "the second adapter does nothing");
+    }
   }
 }
 

@@ -11,8 +11,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from engine_side import adapter_of, lora_of
+from architectures import ROWS
+from engine_side import Trained, adapter_of, lora_of, random_pack, relative_error, rounding
 from nomoat.adapters.package import load_adapter, save_adapter
+from nomoat.engine.lora import TrainableLora
+from nomoat.engine.model import Model
 from nomoat.models.spec import TARGETS
 from parity import peft_side
 from reference import Reference, random_lora
@@ -96,3 +99,69 @@ def test_fused_modules_saved_by_peft_load_here(phi3: tuple[Reference, Any], tmp_
     adapter, _ = load_adapter(tmp_path / "adapter", reference.spec)
     assert adapter.targets == TARGETS
     np.testing.assert_allclose(reference.logits(TOKENS, lora=lora_of(adapter)), expected, rtol=0, atol=TOLERANCE)
+
+
+MIXTURES = ["mixtral", "qwen3_moe"]
+
+
+@pytest.mark.parametrize("source", ["gguf", "hf"])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_adapters_on_experts_travel_both_ways(name: str, source: str, tmp_path: Path) -> None:
+    """PEFT turns the modules of experts into parameters when it loads them; saved again, they come back as they were."""
+    folder = ROWS[name].folder(tmp_path / "base")
+    base = Reference.load(ROWS[name].gguf_file(tmp_path / "base.gguf") if source == "gguf" else folder)
+    lora = random_lora(base.spec, rank=4, scale=0.5, targets=("q", "experts"))
+    save_adapter(tmp_path / "adapter", adapter_of(lora), base.spec, {})
+    peer = peft_side.load_base(folder, torch.float64)
+    plain = peft_logits(peer)
+    model = PeftModel.from_pretrained(peer, tmp_path / "adapter")
+    expected = peft_logits(model)
+    np.testing.assert_allclose(base.logits(TOKENS, lora=lora), expected, rtol=0, atol=TOLERANCE)
+    assert np.abs(expected - plain).max() > 100 * TOLERANCE  # the adapter matters
+    model.float().save_pretrained(tmp_path / "saved")
+    assert load_adapter(tmp_path / "saved", base.spec)[0].digest == adapter_of(lora).digest
+
+
+@pytest.mark.parametrize("parameters", [["gate_up_proj", "down_proj"], ["mlp.experts.down_proj"], ["experts.gate_up_proj"]])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_adapters_on_parameters_saved_by_peft_load_here(name: str, parameters: list[str], tmp_path: Path) -> None:
+    folder = ROWS[name].folder(tmp_path / "base")
+    base = Reference.load(folder)
+    config = LoraConfig(
+        r=4, lora_alpha=8, target_modules=["v_proj"], target_parameters=parameters, init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(peft_side.load_base(folder, torch.float64), config).eval()
+    expected = peft_logits(model)
+    model.float().save_pretrained(tmp_path / "adapter")
+    adapter, _ = load_adapter(tmp_path / "adapter", base.spec)
+    np.testing.assert_allclose(base.logits(TOKENS, lora=lora_of(adapter)), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_gradients_of_adapters_on_experts(name: str, tmp_path: Path) -> None:
+    """In PEFT's parameters gate and up have ranks of their own, so the gradients of their A are one below the other.
+
+    Those in bf16 are compared where no row is near to another expert: test_engine_moe.py.
+    """
+    folder = ROWS[name].folder(tmp_path / "base")
+    model = Model.load(folder, quantize="none")
+    spec = model.spec
+    trained = Trained(TrainableLora(spec, rank=4, alpha=8.0, targets=("experts",)))
+    trained.set(random_lora(spec, rank=4, scale=2.0, targets=("experts",)))
+    save_adapter(tmp_path / "adapter", trained.lora.to_adapter(), spec, {})
+    peer = PeftModel.from_pretrained(peft_side.load_base(folder, torch.float32), tmp_path / "adapter", is_trainable=True).eval()
+    pack = random_pack(spec.vocab, (40, 14, 2), seed=1)
+    peft_side.loss_of(peer, pack).backward()
+    found, _ = trained.gradients(model, pack, "f32")
+    for layer, block in enumerate(spec.blocks):
+        outer = peer.base_model.model.get_submodule(f"model.layers.{layer}.mlp.experts")
+        for wrapper, targets in ((outer.base_layer, ("gate", "up")), (outer, ("down",))):
+            ranks, first = 4 * len(targets), 0
+            da = wrapper.lora_A["default"].weight.grad.numpy().reshape(block.experts, ranks, -1)
+            db = wrapper.lora_B["default"].weight.grad.numpy().reshape(-1, ranks, block.experts).transpose(2, 0, 1)
+            for i, target in enumerate(targets):
+                rows = spec.linear_shape(target, layer)[0]
+                expected = (da[:, 4 * i : 4 * i + 4], db[:, first : first + rows, 4 * i : 4 * i + 4])
+                first += rows
+                for side in (0, 1):
+                    assert relative_error(found[layer, target][side], expected[side]) < 2 * rounding(spec, 40)

@@ -88,9 +88,10 @@ def load_adapter(path: Path | str, spec: ModelSpec, *, base: Mapping[str, Any] |
     config = parse_config(_read_json(folder / CONFIG))
     with open_safetensors(folder / WEIGHTS) as file:
         for name, slot in file.tensors.items():  # names and shapes before any byte of the weights is read
-            module, side = module_of(name, spec)
+            module, side = module_of(name, spec, config)
             rows, columns = module.shape(spec)
-            fits = len(slot.shape) == 2 and 1 <= slot.shape[0 if side == "A" else 1] <= MAX_MODULE_RANK
+            most = MAX_MODULE_RANK * module.stacked(spec)
+            fits = len(slot.shape) == 2 and 1 <= slot.shape[0 if side == "A" else 1] <= most
             if not module.fits(spec) or not fits or slot.shape[1 if side == "A" else 0] != (columns if side == "A" else rows):
                 raise AdapterError(
                     f"tensor {printable(name)} is {list(slot.shape)}; the base model {printable(spec.name)} has {spec.layers} "

@@ -36,7 +36,7 @@ METRICS = ("exact", "json", "contains", "numeric", "rouge", "loss", "none")  # a
 @click.option("--weight-decay", type=float, default=0.0, show_default=True)
 @click.option("--rank", type=int, default=16, show_default=True, help="Rank of the adapter.")
 @click.option("--alpha", type=float, default=32.0, show_default=True, help="Strength: the adapter is multiplied by alpha / rank.")
-@click.option("--targets", help="Comma-separated part of q,k,v,o,gate,up,down. [default: all]")
+@click.option("--targets", help="Comma-separated part of q,k,v,o,gate,up,down,experts. [default: all but experts]")
 @click.option("--context", type=int, help="Longest row in tokens. [default: the model's, at most 2,048]")
 @click.option("--max-tokens", type=int, default=1024, show_default=True, help="Tokens computed at once; decides memory.")
 @click.option("--validation", type=float, default=0.05, show_default=True, help="Part of the rows to hold out; 0 for none.")

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from nomoat import _native
-from nomoat.engine.stack import Adapter, Place, Stack
+from nomoat.engine.stack import Adapter, Place, Stack, StackedLinear, natural
 from nomoat.errors import InputError
-from nomoat.models.spec import TARGETS, ModelSpec
+from nomoat.models.spec import COVERABLE, TARGETS, ModelSpec
 
 Float32 = npt.NDArray[np.float32]
 
@@ -32,9 +32,9 @@ def native_set(stack: Stack, layers: int) -> _native.LoraSet:
 class TrainableLora:
     """A new adapter, on top of a frozen stack if `base` is given: at each linear both are one adapter of concatenated rank.
 
-    `parameters` and `gradients` are float32 views, A [r, K] and B^T [r, N] in turn, named by `names`. A is Kaiming-uniform as
-    in PEFT (U(-1/sqrt(K), 1/sqrt(K))), B is zero, so training starts from the base model. `targets` keeps those that the model
-    has: no gate in an MLP without one, nothing in experts. Raises InputError E_LIMIT.
+    `parameters` and `gradients` are float32 views, A [r, K] and B^T [r, N] in turn, of E experts A [r, E, K] and B^T [r, E, N],
+    named by `names`. A is Kaiming-uniform as in PEFT (U(-1/sqrt(K), 1/sqrt(K))), B is zero, so training starts from the base
+    model. `targets` are some of COVERABLE, of which those count that the model has. Raises InputError E_LIMIT.
     """
 
     def __init__(
@@ -47,11 +47,11 @@ class TrainableLora:
         seed: int = 0,
         base: Stack | None = None,
     ) -> None:
-        if not targets or set(targets) - set(TARGETS):
-            raise InputError(f"targets {', '.join(targets) or '(none)'}; expected some of {', '.join(TARGETS)}", code="E_LIMIT")
-        places = [(layer, target) for layer, target in spec.places() if target in targets]
+        if not targets or set(targets) - set(COVERABLE):
+            raise InputError(f"targets {', '.join(targets) or '(none)'}; expected some of {', '.join(COVERABLE)}", code="E_LIMIT")
+        places = list(spec.places(targets))
         if not places:
-            raise InputError(f"targets {', '.join(targets)}; the model has none of them outside of experts", code="E_LIMIT")
+            raise InputError(f"targets {', '.join(targets)}; the model has none of them", code="E_LIMIT")
         smallest = min(min(spec.linear_shape(target, layer)) for layer, target in places)
         if not 1 <= rank <= smallest:
             raise InputError(f"rank {rank}; expected 1 to {smallest}, the smallest side of a linear here", code="E_LIMIT")
@@ -62,31 +62,32 @@ class TrainableLora:
         self.parameters: list[Float32] = []
         self.gradients: list[Float32] = []
         self.native = _native.LoraSet(spec.layers)
-        self._places: list[Place] = []
+        self.places: list[Place] = []
         self._arrays: list[Float32] = []  # keeps what the native table points to alive
         for layer, target in spec.places():
-            self._add(layer, target, seed)
-
-    def _add(self, layer: int, target: str, seed: int) -> None:
-        frozen = self.base.linears.get((layer, target)) if self.base else None
-        if target not in self.targets:
-            if frozen is not None:
+            frozen = base.linears.get((layer, target)) if base else None
+            if (layer, target) in places:
+                self._add(layer, target, seed, frozen)
+            elif frozen is not None:
                 self.native.set(layer, TARGETS.index(target), frozen.a, frozen.bt, frozen.scale)
-            return
+
+    def _add(self, layer: int, target: str, seed: int, frozen: StackedLinear | None) -> None:
         rows, cols = self.spec.linear_shape(target, layer)
+        experts = self.spec.experts_at(target, layer)
+        middle = (experts,) if experts else ()
         beneath = 0 if frozen is None else len(frozen.scale)
-        a = np.zeros((beneath + self.rank, cols), np.float32)
-        bt = np.zeros((beneath + self.rank, rows), np.float32)
+        a = np.zeros((beneath + self.rank, *middle, cols), np.float32)
+        bt = np.zeros((beneath + self.rank, *middle, rows), np.float32)
         scale = np.full(beneath + self.rank, self.alpha / self.rank, np.float32)
         if frozen is not None:
             a[:beneath], bt[:beneath], scale[:beneath] = frozen.a, frozen.bt, frozen.scale
-        words = np.random.PCG64(np.random.SeedSequence([seed, layer, TARGETS.index(target)])).random_raw(self.rank * cols)
+        words = np.random.PCG64(np.random.SeedSequence([seed, layer, TARGETS.index(target)])).random_raw(a[beneath:].size)
         uniform = (words >> np.uint64(40)).astype(np.float64) / 2.0**24  # raw words: a stream that NumPy guarantees
-        a[beneath:] = ((2 * uniform - 1) / np.sqrt(cols)).reshape(self.rank, cols)
+        a[beneath:] = ((2 * uniform - 1) / np.sqrt(cols)).reshape(a[beneath:].shape)
         da, dbt = np.zeros_like(a[beneath:]), np.zeros_like(bt[beneath:])
         self.native.set(layer, TARGETS.index(target), a, bt, scale, da, dbt)
         self._arrays += [a, bt, scale, da, dbt]
-        self._places.append((layer, target))
+        self.places.append((layer, target))
         self.names += [f"blk.{layer}.{target}.a", f"blk.{layer}.{target}.bt"]
         self.parameters += [a[beneath:], bt[beneath:]]
         self.gradients += [da, dbt]
@@ -98,8 +99,5 @@ class TrainableLora:
 
     def to_adapter(self) -> Adapter:
         """A copy of the trained part as an adapter of its own."""
-        tensors = {
-            place: (self.parameters[2 * i].copy(), np.ascontiguousarray(self.parameters[2 * i + 1].T))
-            for i, place in enumerate(self._places)
-        }
+        tensors = {place: natural(self.parameters[2 * i], self.parameters[2 * i + 1]) for i, place in enumerate(self.places)}
         return Adapter(self.rank, self.alpha, self.targets, tensors)

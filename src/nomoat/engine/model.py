@@ -229,7 +229,9 @@ class Model:
             tape = self._tapes[precision] = _native.Tape(self._engine, precision)
         left = budget
         for layer in reversed(range(self.spec.layers)):  # the last layers: what is kept longest is needed first
-            ranks = lora.rank * sum(target in lora.targets for target in self.spec.targets(layer))
+            ranks = lora.rank * sum(
+                self.spec.experts_used if self.spec.experts_at(target, layer) else 1 for at, target in lora.places if at == layer
+            )
             left -= rows * activation_bytes(self.spec, layer, ranks, precision)
             tape.keep(layer, left >= 0)
         return tape

@@ -8,7 +8,8 @@ Several adapters at once are one adapter whose rank is the sum of the ranks, bec
 
     sum_i s_i B_i (A_i x) = [B_1 .. B_n] diag(s) [A_1; ..; A_n] x
 
-so a stack is exact and needs no second code path. Adapters of one stack may cover different linears.
+so a stack is exact and needs no second code path. Adapters of one stack may cover different linears. Where a layer has E
+experts, each has an A and a B of its own: A [E, r, K], B [E, N, r].
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ Place = tuple[int, str]
 class Adapter:
     """One LoRA adapter. Its arrays are treated as immutable; rows of q/k `B` are in the row order of the base file.
 
-    tensors[layer, target] = (A [r, K], B [N, r]), float32. `rank` and `alpha` are those of the whole adapter; a place may
-    have a rank of its own (its A decides), and a strength of its own is folded into its B when the adapter is read.
+    tensors[layer, target] = (A [r, K], B [N, r]), of experts (A [E, r, K], B [E, N, r]), float32. `rank` and `alpha` are those of
+    the whole adapter; a place may have a rank of its own (its A decides), and a strength of its own is folded into its B when the
+    adapter is read.
     """
 
     rank: int
@@ -86,17 +88,19 @@ class Adapter:
                     f"(layers 0 to {spec.layers - 1}, linears {', '.join(linears)})",
                     code="E_ARCH",
                 )
-            _check_pair(a, b, spec.linear_shape(target, layer), where)
+            _check_pair(a, b, spec.tensor_shape(f"blk.{layer}.{target}"), where)
 
 
-def _check_pair(a: Float32, b: Float32, shape: tuple[int, int], where: str) -> None:
-    rows, columns = shape
+def _check_pair(a: Float32, b: Float32, shape: tuple[int, ...], where: str) -> None:
+    *experts, rows, columns = shape
     if a.dtype != np.float32 or b.dtype != np.float32:
         raise AdapterError(f"{where}: A is {a.dtype} and B is {b.dtype}; both must be float32", code="E_TYPE")
-    if a.ndim != 2 or b.ndim != 2 or a.shape[0] < 1 or a.shape[0] != b.shape[1] or (b.shape[0], a.shape[1]) != shape:
+    rank = a.shape[-2] if a.ndim > 1 else 0
+    if rank < 1 or a.shape != (*experts, rank, columns) or b.shape != (*experts, rows, rank):
+        each = "".join(f"{count}, " for count in experts)
         raise AdapterError(
-            f"{where}: A is {list(a.shape)} and B is {list(b.shape)}; the base model's weight is [{rows}, {columns}], "
-            f"so A must be [r, {columns}] and B [{rows}, r]. Is this adapter for another model?",
+            f"{where}: A is {list(a.shape)} and B is {list(b.shape)}; the base model's weight is {list(shape)}, "
+            f"so A must be [{each}r, {columns}] and B [{each}{rows}, r]. Is this adapter for another model?",
             code="E_SHAPE",
         )
     # A sum is finite only if no term is NaN or infinite; it may overflow, so a second look decides.
@@ -109,9 +113,14 @@ def _check_pair(a: Float32, b: Float32, shape: tuple[int, int], where: str) -> N
 class StackedLinear(NamedTuple):
     """All adapters of a stack at one linear, as one of rank R = sum of their ranks. All C-contiguous."""
 
-    a: Float32  # [R, K]
-    bt: Float32  # [R, N]: B transposed, so that one rank row is contiguous
+    a: Float32  # [R, K], of experts [R, E, K]
+    bt: Float32  # [R, N], of experts [R, E, N]: one rank after the other, so that those of an adapter are one piece of memory
     scale: Float32  # [R]: weight * alpha / r of the adapter that the rank row came from
+
+
+def natural(a: Float32, bt: Float32) -> tuple[Float32, Float32]:
+    """A and B as an Adapter has them, copied from A and B^T as a StackedLinear has them."""
+    return np.swapaxes(a, 0, -2).copy(), np.ascontiguousarray(np.moveaxis(bt, 0, -1))
 
 
 class Stack:
@@ -133,9 +142,9 @@ class Stack:
 
     def _concatenate(self, place: Place) -> StackedLinear:
         parts = [(adapter, weight, *adapter.tensors[place]) for adapter, weight in self.adapters if place in adapter.tensors]
-        a = np.concatenate([a for _, _, a, _ in parts], axis=0)
-        bt = np.concatenate([b.T for _, _, _, b in parts], axis=0)
-        scale = np.concatenate([np.full(a.shape[0], weight * adapter.scale) for adapter, weight, a, _ in parts])
+        a = np.concatenate([np.swapaxes(a, 0, -2) for _, _, a, _ in parts], axis=0)
+        bt = np.concatenate([np.moveaxis(b, -1, 0) for _, _, _, b in parts], axis=0)
+        scale = np.concatenate([np.full(a.shape[-2], weight * adapter.scale) for adapter, weight, a, _ in parts])
         return StackedLinear(
             np.ascontiguousarray(a, dtype=np.float32),
             np.ascontiguousarray(bt, dtype=np.float32),

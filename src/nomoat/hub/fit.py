@@ -8,13 +8,14 @@ Memory
     activations   2 (2 D + 2 H Dh + 2 K Dh + 3 F) + 8 D bytes       for each token and layer that is kept for backward:
                   bf16 inputs of the linears, fp32 residual stream; 2 F without a gate, 3 D or 4 D with post-norms, F of all
                   experts that a token uses; a recomputed layer keeps its fp32 input, 4 D, alone
-    adapter       16 bytes for each parameter                       A and B, gradient, two Adam moments, all fp32
+    adapter       16 bytes for each parameter                       A and B, gradient, two Adam moments, all fp32; r (N + K) for
+                  each linear, for each expert where experts are covered
     the rest      150 MB                                            Python, libraries, buffers
 Time
     training      4 N + 6 adapter + 7 L H Dh T FLOPs for each token: forward 2 N and dX 2 N, no dW for frozen weights; LoRA
                   forward 2 and backward 4; causal attention over T tokens (or the window) forward 2 and backward 5; the head
                   counts for the share of tokens that carry loss
-    decoding      every weight is read once for each token; of experts only those used, here and in N
+    decoding      every weight is read once for each token; of experts only those used, here, in N and in adapter
 """
 
 from __future__ import annotations
@@ -103,9 +104,14 @@ def _layer_activation_bytes(spec: ModelSpec, layer: int) -> int:
     return 2 * ((2 + post_norms) * spec.width + 2 * (block.heads + block.kv_heads) * spec.head_dim + ffn) + 8 * spec.width
 
 
-def adapter_parameters(spec: ModelSpec, rank: int, targets: Collection[str] = TARGETS) -> int:
-    """A [rank, K] and B [N, rank] for every target of every layer."""
-    return sum(rank * sum(spec.linear_shape(target, layer)) for layer, target in spec.places() if target in targets)
+def adapter_parameters(spec: ModelSpec, rank: int, targets: Collection[str] = TARGETS, *, active: bool = False) -> int:
+    """A [rank, K] and B [N, rank] for every target of every layer, and for every expert; `active`: those that a token uses."""
+
+    def times(layer: int, target: str) -> int:
+        experts = spec.experts_at(target, layer)
+        return (spec.experts_used if active else experts) if experts else 1
+
+    return sum(rank * sum(spec.linear_shape(target, layer)) * times(layer, target) for layer, target in spec.places(targets))
 
 
 def train_bytes(spec: ModelSpec, file_bytes: int, batch_tokens: int, parameters: int, *, recompute: bool = False) -> int:
@@ -120,7 +126,10 @@ def chat_bytes(spec: ModelSpec, file_bytes: int, context: int) -> int:
 
 
 def train_flops_per_token(spec: ModelSpec, parameters: int, *, length: int = 512, loss_share: float = 1.0) -> float:
-    """FLOPs of one training token in segments of `length` tokens, of which `loss_share` carry loss."""
+    """FLOPs of one training token in segments of `length` tokens, of which `loss_share` carry loss.
+
+    `parameters` are those of the adapter that a token uses.
+    """
     linears = spec.active_parameters() - (1 if spec.tied_head else 2) * spec.vocab * spec.width
     head = spec.vocab * spec.width * loss_share
     attention = 7 * spec.head_dim * sum(block.heads * min(block.window or length, length) for block in spec.blocks)
@@ -152,7 +161,8 @@ def estimate(
     whole = train_bytes(spec, file_bytes, batch_tokens, parameters)
     recompute = whole > limit
     training = train_bytes(spec, file_bytes, batch_tokens, parameters, recompute=True) if recompute else whole
-    flops = train_flops_per_token(spec, parameters, length=length, loss_share=loss_share)
+    active = adapter_parameters(spec, rank, targets, active=True)
+    flops = train_flops_per_token(spec, active, length=length, loss_share=loss_share)
     speed = TRAIN_EFFICIENCY * machine.bf16_flops / flops / (RECOMPUTE_COST if recompute else 1)
     chatting = chat_bytes(spec, file_bytes, context)
     disk = download_bytes + weight_bytes(file_bytes) + 3 * ADAPTER_STATE * parameters  # packed cache, checkpoints, result

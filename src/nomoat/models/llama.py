@@ -16,6 +16,12 @@ PEFT_MODULES = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
+#: Experts of Mixtral, whose GGUF files are of this architecture.
+PEFT_EXPERTS = {
+    "gate": "block_sparse_moe.experts.{e}.w1",
+    "up": "block_sparse_moe.experts.{e}.w3",
+    "down": "block_sparse_moe.experts.{e}.w2",
+}
 NORMS = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 
 ARCHITECTURE = Architecture(

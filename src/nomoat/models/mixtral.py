@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from nomoat.models import layers, mistral
+from nomoat.models import layers, llama, mistral
 from nomoat.models.arch import Draft
 from nomoat.models.fields import Fields
 
@@ -21,12 +21,7 @@ def _from_config(keys: Fields, model: Draft) -> None:
 
 ARCHITECTURE = replace(
     mistral.ARCHITECTURE,
-    experts={
-        "router": "block_sparse_moe.gate",
-        "gate": "block_sparse_moe.experts.{e}.w1",
-        "up": "block_sparse_moe.experts.{e}.w3",
-        "down": "block_sparse_moe.experts.{e}.w2",
-    },
+    experts={"router": "block_sparse_moe.gate", **llama.PEFT_EXPERTS},
     defaults={
         "num_key_value_heads": 8,
         "rms_norm_eps": 1e-5,

@@ -9,6 +9,11 @@ from nomoat.models.arch import Draft
 from nomoat.models.fields import MAX_FFN, MAX_LAYERS, Fields
 
 PEFT_MODULES = qwen3.PEFT_MODULES
+PEFT_EXPERTS = {
+    "gate": "mlp.experts.{e}.gate_proj",
+    "up": "mlp.experts.{e}.up_proj",
+    "down": "mlp.experts.{e}.down_proj",
+}
 
 
 def _from_config(keys: Fields, model: Draft) -> None:
@@ -26,12 +31,7 @@ def _from_config(keys: Fields, model: Draft) -> None:
 ARCHITECTURE = replace(
     qwen3.ARCHITECTURE,
     name="qwen3moe",
-    experts={
-        "router": "mlp.gate",
-        "gate": "mlp.experts.{e}.gate_proj",
-        "up": "mlp.experts.{e}.up_proj",
-        "down": "mlp.experts.{e}.down_proj",
-    },
+    experts={"router": "mlp.gate", **PEFT_EXPERTS},
     defaults={
         "num_key_value_heads": 4,
         "rms_norm_eps": 1e-6,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,6 +13,9 @@ import numpy.typing as npt
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 #: Those that exist once for each expert where a layer has experts.
 EXPERT_TARGETS = ("gate", "up", "down")
+#: What an adapter may be asked to cover: the linears outside of experts by name, and those of all experts.
+EXPERTS = "experts"
+COVERABLE = (*TARGETS, EXPERTS)
 
 
 @dataclass(frozen=True)
@@ -118,14 +121,19 @@ class ModelSpec:
         return max(block.ffn for block in self.blocks)
 
     def targets(self, layer: int) -> tuple[str, ...]:
-        """The linears of a layer that an adapter can cover: not those of experts."""
-        if self.blocks[layer].experts:
-            return tuple(target for target in TARGETS if target not in EXPERT_TARGETS)
-        return TARGETS if self.gated else tuple(target for target in TARGETS if target != "gate")
+        """The linears of a layer, all of which an adapter can cover."""
+        return TARGETS if self.gated or self.blocks[layer].experts else tuple(target for target in TARGETS if target != "gate")
 
-    def places(self) -> Iterator[tuple[int, str]]:
-        """(layer, target) of every linear that an adapter can cover, in the order used everywhere."""
-        return ((layer, target) for layer in range(self.layers) for target in self.targets(layer))
+    def places(self, wanted: Collection[str] = COVERABLE) -> Iterator[tuple[int, str]]:
+        """(layer, target) of every linear that an adapter of `wanted` (of COVERABLE) covers, in the order used everywhere."""
+        for layer in range(self.layers):
+            for target in self.targets(layer):
+                if (EXPERTS if self.experts_at(target, layer) else target) in wanted:
+                    yield layer, target
+
+    def experts_at(self, target: str, layer: int) -> int:
+        """How many experts have this linear; 0 where it is one of the layer."""
+        return self.blocks[layer].experts if target in EXPERT_TARGETS else 0
 
     def linear_shape(self, target: str, layer: int = 0) -> tuple[int, int]:
         """(rows N, columns K) of a target's weight (of one expert): y[N] = W[N, K] x[K]."""
@@ -152,7 +160,7 @@ class ModelSpec:
         layer, block = int(index), self.blocks[int(index)]
         if part in TARGETS:
             shape = self.linear_shape(part, layer)
-            return (block.experts, *shape) if block.experts and part in EXPERT_TARGETS else shape
+            return (block.experts, *shape) if self.experts_at(part, layer) else shape
         if part == "router":
             return (block.experts, self.width)
         if part in ("q_norm", "k_norm"):
@@ -171,7 +179,7 @@ class ModelSpec:
     def _parameters(self, experts: Callable[[LayerSpec], int]) -> int:
         found = (1 if self.tied_head else 2) * self.vocab * self.width
         for layer, block in enumerate(self.blocks):
-            for target in TARGETS if self.gated else self.targets(layer):
+            for target in self.targets(layer):
                 rows, columns = self.linear_shape(target, layer)
-                found += rows * columns * (experts(block) if block.experts and target in EXPERT_TARGETS else 1)
+                found += rows * columns * (experts(block) if self.experts_at(target, layer) else 1)
         return found

@@ -10,7 +10,7 @@ from nomoat.engine.model import ACTIVATION_BUDGET
 from nomoat.errors import InputError, ResourceError, printable
 from nomoat.hub import fit
 from nomoat.hub.fit import Machine
-from nomoat.models.spec import TARGETS, ModelSpec
+from nomoat.models.spec import COVERABLE, TARGETS, ModelSpec
 
 #: (largest number of weights, learning rate): what LoRA of all linears at rank 16 learns best with when no probe is run.
 DEFAULT_LEARNING_RATES = ((300e6, 1e-3), (1.5e9, 5e-4), (4e9, 3e-4), (math.inf, 2e-4))
@@ -22,7 +22,8 @@ MAX_STEPS = 10_000_000
 class TrainOptions:
     """Everything that decides the numbers of a run (and, last, when to save). Checked when made: InputError E_LIMIT.
 
-    targets             linears that the adapter covers; all of them means all that the model has outside of experts
+    targets             linears that the adapter covers, by name outside of experts, those of all experts by `experts`; by default
+                        all that the model has outside of experts, whose adapters take far more memory (docs/concepts/adapters.md)
     warmup              fraction of all steps
     max_tokens          rows of one micro-batch; bounds the memory of activations
     context             longest example in tokens; None: what the model was trained for, at most 2,048
@@ -79,9 +80,9 @@ class TrainOptions:
             self._real("learning_rate", 0, 1, above=True)
         self._one_of("schedule", ("linear", "cosine", "constant"))
         self._one_of("precision", ("bf16", "f32"))
-        if not self.targets or len(set(self.targets)) != len(self.targets) or not set(self.targets) <= set(TARGETS):
+        if not self.targets or len(set(self.targets)) != len(self.targets) or not set(self.targets) <= set(COVERABLE):
             shown = printable(", ".join(map(str, self.targets)))
-            raise InputError(f"targets: {shown or 'none'}; choose one or more of {', '.join(TARGETS)}", code="E_LIMIT")
+            raise InputError(f"targets: {shown or 'none'}; choose one or more of {', '.join(COVERABLE)}", code="E_LIMIT")
 
     def _whole(self, name: str, low: int, high: int) -> None:
         value = getattr(self, name)
@@ -101,15 +102,15 @@ class TrainOptions:
 
     def check_model(self, spec: ModelSpec) -> None:
         """Raises InputError E_LIMIT where the options do not fit the model."""
-        there = {target for _, target in spec.places()}
-        absent = [target for target in self.targets if target not in there]
-        if absent and set(self.targets) != set(TARGETS):
+        there = [target for target in COVERABLE if any(spec.places((target,)))]
+        named = set(self.targets) - set(TARGETS) if set(TARGETS) <= set(self.targets) else self.targets
+        absent = [target for target in named if target not in there]
+        if absent:
             raise InputError(
-                f"targets: an adapter of this model cannot cover {', '.join(absent)}; it can cover "
-                f"{', '.join(target for target in TARGETS if target in there)}",
+                f"targets: an adapter of this model cannot cover {', '.join(absent)}; it can cover {', '.join(there)}",
                 code="E_LIMIT",
             )
-        shapes = [spec.linear_shape(target, layer) for layer, target in spec.places() if target in self.targets]
+        shapes = [spec.linear_shape(target, layer) for layer, target in spec.places(self.targets)]
         smallest = min(map(min, shapes))
         if self.rank > smallest:
             raise InputError(f"rank is {self.rank}, but the narrowest adapted matrix of the model has {smallest}", code="E_LIMIT")
@@ -192,7 +193,8 @@ def make_plan(
     budget = max(0, min(ACTIVATION_BUDGET, int(machine.available * fit.MARGIN) - least))
     recompute = wanted > budget
     share = loss_tokens / max(1, tokens)
-    flops = fit.train_flops_per_token(spec, trainable, length=max(1, tokens // rows), loss_share=share)
+    active = fit.adapter_parameters(spec, options.rank, options.targets, active=True)
+    flops = fit.train_flops_per_token(spec, active, length=max(1, tokens // rows), loss_share=share)
     speed = fit.TRAIN_EFFICIENCY * machine.bf16_flops / flops / (fit.RECOMPUTE_COST if recompute else 1)
     return Plan(
         rows=rows,

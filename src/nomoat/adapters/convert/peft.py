@@ -8,6 +8,10 @@ side by side), and an adapter trained on one must follow: `to_base_rows` and `to
 A module may hold several targets, their rows one below the other (q, k, v in Phi 3). Its B is then split by rows under one A;
 adapters that were trained apart become A = [Aq; Ak; Av] and a B that is block-diagonal, and are taken apart again by its zeros.
 
+Each expert of a mixture has modules of its own (`mlp.experts.3.up_proj`), as transformers had them before version 5, and so they
+are written; PEFT with transformers 5 converts them when it loads them. What it saves itself is read too: there gate and up of all
+experts are one parameter and down another, E experts in one A [E r, in] and B [out, r E] (`target_parameters`).
+
 Text out of a package never reaches a regular-expression engine: patterns are plain names that match at a dot.
 """
 
@@ -37,7 +41,6 @@ UNSUPPORTED: Mapping[str, str] = MappingProxyType(
         "lora_bias": "biases on B",
         "modules_to_save": "whole layers trained beside the adapter; train without modules_to_save",
         "trainable_token_indices": "trained token embeddings; train without trainable_token_indices",
-        "target_parameters": "adapters on raw parameters (experts of a mixture)",
         "layer_replication": "repeated layers",
         "alora_invocation_tokens": "an adapter that acts only after an invocation sequence",
         "use_qalora": "QALoRA's pooled inputs",
@@ -56,7 +59,7 @@ IGNORED = frozenset(
     | {"target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "bias", "use_rslora", "init_lora_weights"}
     | {"layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "megatron_core", "parent_library"}
     | {"loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config"}
-    | {"ensure_weight_tying"}
+    | {"ensure_weight_tying", "target_parameters"}
 )
 #: Initializations that leave the base weights as they are; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA subtract from them.
 PLAIN_INITIALIZATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -70,6 +73,7 @@ class LoraConfig:
     alpha: float
     rslora: bool
     targets: tuple[str, ...] | None  # None: decided by the tensor names alone
+    parameters: tuple[str, ...]  # those that an adapter is on, in place of modules
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
 
@@ -104,7 +108,14 @@ def parse_config(config: object) -> LoraConfig:
         raise AdapterError(f"adapter_config.json: use_rslora is {_shown(rslora)}; expected true or false", code="E_TYPE")
     ranks = {key: _integer(f"rank_pattern.{key}", value, MAX_MODULE_RANK) for key, value in _pattern(config, "rank_pattern")}
     alphas = {key: _number(f"alpha_pattern.{key}", value, MAX_ALPHA) for key, value in _pattern(config, "alpha_pattern")}
-    return LoraConfig(rank, alpha, bool(rslora), _targets(config.get("target_modules")), ranks, alphas)
+    targets, parameters = _targets(config, "target_modules"), _targets(config, "target_parameters") or ()
+    other = [name for name in parameters if not any(_matching((name,), known) for known in EXPERT_PARAMETERS)]
+    if other:
+        raise AdapterError(
+            f"adapter_config.json: target_parameters names {_shown(other[0])}; expected some of {', '.join(EXPERT_PARAMETERS)}",
+            code="E_ARCH",
+        )
+    return LoraConfig(rank, alpha, bool(rslora), targets, parameters, ranks, alphas)
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
@@ -129,14 +140,15 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
             )
 
 
-def _targets(value: object) -> tuple[str, ...] | None:
+def _targets(config: Mapping[str, Any], field: str) -> tuple[str, ...] | None:
     """A list is checked against the tensor names later; a string (a pattern, or "all-linear") only for its length."""
+    value = config.get(field)
     if value is None or (isinstance(value, str) and len(value) <= 4096):
         return None
     if isinstance(value, list) and len(value) <= 4096 and all(isinstance(item, str) for item in value):
         return tuple(value)
     raise AdapterError(
-        "adapter_config.json: target_modules must be a list of module names, or a string of at most 4,096 characters",
+        f"adapter_config.json: {field} must be a list of names, or a string of at most 4,096 characters",
         code="E_LIMIT" if isinstance(value, str | list) else "E_TYPE",
     )
 
@@ -148,18 +160,24 @@ def _pattern(config: Mapping[str, Any], field: str) -> Iterator[tuple[str, objec
     if not isinstance(value, dict) or len(value) > 65536:
         raise AdapterError(f"adapter_config.json: {field} must be an object of at most 65,536 entries", code="E_TYPE")
     for key in value:
-        if len(key) > 512 or not all(c.isascii() and (c.isalnum() or c in "._") for c in key):
+        plain = key.removeprefix(r".*\.")  # as PEFT itself writes for experts, and the same as without
+        if len(key) > 512 or not all(c.isascii() and (c.isalnum() or c in "._") for c in plain):
             raise AdapterError(
                 f"adapter_config.json: {field} key {_shown(key)} is a regular expression; only plain module names are read "
                 "(letters, digits, dots and underscores)",
                 code="E_TYPE",
             )
-    yield from value.items()
+        yield plain, value[key]
 
 
 def _matching(patterns: Collection[str], module: str) -> str | None:
     """PEFT's rule without its regular expressions: the first key that is the name, or its end after a dot."""
     return next((key for key in patterns if module == key or module.endswith("." + key)), None)
+
+
+def _is_number_text(text: str) -> bool:
+    """Whether a part of a name is the number of a layer or an expert."""
+    return text.isascii() and text.isdigit() and len(text) <= 5 and str(int(text)) == text
 
 
 def _is_number(value: object) -> bool:
@@ -194,12 +212,14 @@ def _shown(value: object) -> str:
 
 
 class Module(NamedTuple):
-    """A linear of the Hugging Face model, and the targets whose rows it holds."""
+    """A linear of the Hugging Face model, or a parameter that holds one of every expert, and the targets whose rows it holds."""
 
     layer: int
     path: str  # below the layer: "self_attn.q_proj"
     root: str  # before `layers`: "model."
     targets: tuple[str, ...]
+    expert: int | None = None  # whose linear it is
+    every: bool = False  # of all experts
 
     @property
     def name(self) -> str:
@@ -207,7 +227,14 @@ class Module(NamedTuple):
 
     def fits(self, spec: ModelSpec) -> bool:
         """Whether the model has such a layer, with these linears in it."""
-        return self.layer < spec.layers and set(self.targets) <= set(spec.targets(self.layer))
+        if self.layer >= spec.layers or not set(self.targets) <= set(spec.targets(self.layer)):
+            return False
+        experts = spec.experts_at(self.targets[0], self.layer)
+        return experts > (self.expert or 0) if self.every or self.expert is not None else not experts
+
+    def stacked(self, spec: ModelSpec) -> int:
+        """How many adapters lie in its A and B."""
+        return spec.experts_at(self.targets[0], self.layer) if self.every and self.fits(spec) else 1
 
     def shape(self, spec: ModelSpec) -> tuple[int, int]:
         """(rows, columns) of the linear, all its targets together."""
@@ -216,7 +243,7 @@ class Module(NamedTuple):
         return sum(rows for rows, _ in shapes), shapes[0][1]
 
 
-def module_of(name: str, spec: ModelSpec) -> tuple[Module, str]:
+def module_of(name: str, spec: ModelSpec, config: LoraConfig) -> tuple[Module, str]:
     """ "base_model.model.model.layers.3.mlp.up_proj.lora_B.weight" -> (up of layer 3, "B").
 
     The layer need not exist. Raises AdapterError E_ARCH for anything that is no adapter of one of the model's linears.
@@ -232,15 +259,39 @@ def module_of(name: str, spec: ModelSpec) -> tuple[Module, str]:
     root = next((root for root in roots if name.startswith(f"{PREFIX}{root}layers.")), None)
     layer, _, rest = name.removeprefix(f"{PREFIX}{root}layers.").partition(".")
     path, _, side = rest.rpartition(".lora_")
-    if root is None or path not in paths or side not in ("A.weight", "B.weight"):
+    expert = _expert_module(path, spec, config)
+    if root is None or (path not in paths and expert is None) or side not in ("A.weight", "B.weight"):
+        known = [*paths, *(template.format(e="<expert>") for template in _experts(spec).values())]
         raise AdapterError(
             f"tensor {_shown(name)}: expected {PREFIX}{roots[0]}layers.<layer>.<module>.lora_A.weight or .lora_B.weight with a "
-            f"module of {', '.join(paths)}; nomoat refuses an adapter rather than leave out a part of it",
+            f"module of {', '.join(known)}; nomoat refuses an adapter rather than leave out a part of it",
             code="E_ARCH",
         )
-    if not (layer.isascii() and layer.isdigit() and len(layer) <= 5 and str(int(layer)) == layer):
+    if not _is_number_text(layer):
         raise AdapterError(f"tensor {_shown(name)}: {_shown(layer)} is not a layer number", code="E_ARCH")
+    if expert is not None:
+        return expert._replace(layer=int(layer), root=root), side[0]
     return Module(int(layer), path, root, paths[path]), side[0]
+
+
+#: Parameters of all experts in transformers 5, in the order in which PEFT wraps them: around the last is the name of the module.
+EXPERT_PARAMETERS = {"mlp.experts.gate_up_proj": ("gate", "up"), "mlp.experts.down_proj": ("down",)}
+
+
+def _expert_module(path: str, spec: ModelSpec, config: LoraConfig) -> Module | None:
+    """What a path below a layer is among experts, the layer left open; None where it is nothing there."""
+    templates = _experts(spec)
+    for target, template in templates.items():
+        before, _, after = template.partition("{e}")
+        number = path.removeprefix(before).removesuffix(after)
+        if path == f"{before}{number}{after}" and _is_number_text(number):
+            return Module(0, path, "", (target,), expert=int(number))
+    wrapped = [name for name in EXPERT_PARAMETERS if _matching(config.parameters, name) is not None]
+    paths = ["mlp.experts" + ".base_layer" * depth for depth in reversed(range(len(wrapped)))]
+    if templates and path in paths:
+        name = wrapped[paths.index(path)]
+        return Module(0, name, "", EXPERT_PARAMETERS[name], every=True)
+    return None
 
 
 def from_peft(config: LoraConfig, arrays: Mapping[str, Float32], spec: ModelSpec) -> Adapter:
@@ -250,34 +301,60 @@ def from_peft(config: LoraConfig, arrays: Mapping[str, Float32], spec: ModelSpec
     """
     sides: dict[Module, dict[str, Float32]] = {}
     for name, array in arrays.items():
-        module, side = module_of(name, spec)
+        module, side = module_of(name, spec, config)
         sides.setdefault(module, {})[side] = array
     alpha = config.alpha * math.sqrt(config.rank) if config.rslora else config.alpha
     tensors: dict[Place, tuple[Float32, Float32]] = {}
+    of_experts: dict[Place, dict[int, tuple[Float32, Float32]]] = {}
     for module, pair in sides.items():
         if len(pair) != 2:
             raise AdapterError(f"{module.name}: lora_{next(iter(pair))} has no partner; A and B belong together", code="E_SHAPE")
-        if config.targets is not None and _matching(config.targets, module.name) is None:
+        if not module.every and config.targets is not None and _matching(config.targets, module.name) is None:
             raise AdapterError(f"{module.name} has weights, but target_modules does not name it", code="E_SHAPE")
         a, b = pair["A"], pair["B"]
-        rank = config.rank_of(module.name)
-        if a.ndim != 2 or a.shape[0] != rank:
-            raise AdapterError(f"{module.name}: A is {list(a.shape)}, but adapter_config.json says rank {rank}", code="E_SHAPE")
+        rank, stacked = config.rank_of(module.name), module.stacked(spec)
+        if a.ndim != 2 or a.shape[0] != rank * stacked or (module.every and b.shape[1:] != (rank * stacked,)):
+            each = f" for each of {stacked} experts" if module.every else ""
+            raise AdapterError(
+                f"{module.name}: A is {list(a.shape)} and B is {list(b.shape)}, but adapter_config.json says rank {rank}{each}",
+                code="E_SHAPE",
+            )
         factor = config.scale_of(module.name) / (alpha / config.rank)
         if factor != 1.0 and not math.isclose(factor, 1.0, rel_tol=1e-12):
             b = b * np.float32(factor)
-        tensors |= _split(module, np.ascontiguousarray(a), b, spec)
+        if module.every:  # A one expert after the other, B one rank after the other
+            a, b = a.reshape(stacked, rank, -1), b.reshape(-1, rank, stacked).transpose(2, 0, 1)
+        if module.expert is None:
+            tensors |= _split(module, np.ascontiguousarray(a), np.ascontiguousarray(b), spec)
+        else:
+            of_experts.setdefault((module.layer, module.targets[0]), {})[module.expert] = (a, b)
+    tensors |= {place: _gathered(place, pairs, spec) for place, pairs in of_experts.items()}
     targets = tuple(target for target in TARGETS if any(target == place[1] for place in tensors))
     Adapter(config.rank, alpha, targets, tensors).check(spec)  # shapes first: rows can be permuted only where they fit
     ordered = {place: (a, to_base_rows(b, place[1], spec)) for place, (a, b) in tensors.items()}
     return Adapter(config.rank, alpha, targets, ordered)
 
 
+def _gathered(place: Place, pairs: Mapping[int, tuple[Float32, Float32]], spec: ModelSpec) -> tuple[Float32, Float32]:
+    """The adapters of all experts as one: A [E, r, K] and B [E, N, r]."""
+    layer, target = place
+    experts = spec.experts_at(target, layer) if layer < spec.layers else 0
+    if pairs.keys() != set(range(experts)):
+        raise AdapterError(
+            f"layer {layer}, {target}: {len(pairs):,} experts have weights, from {min(pairs)} to {max(pairs)}; the base model "
+            f"has {experts:,} there, and all of them need some. Is this adapter for another model?",
+            code="E_SHAPE",
+        )
+    if len({(a.shape, b.shape) for a, b in pairs.values()}) > 1:
+        raise AdapterError(f"layer {layer}, {target}: its experts have A or B of several shapes; one is expected", code="E_SHAPE")
+    return np.stack([pairs[e][0] for e in range(experts)]), np.stack([pairs[e][1] for e in range(experts)])
+
+
 def _split(module: Module, a: Float32, b: Float32, spec: ModelSpec) -> dict[Place, tuple[Float32, Float32]]:
     """The adapter of a module as one for each of its targets, without the ranks that are zero in its rows of B."""
     if len(module.targets) == 1:
         return {(module.layer, module.targets[0]): (a, b)}
-    if not module.fits(spec) or b.shape != (module.shape(spec)[0], len(a)):
+    if not module.fits(spec) or b.shape[-2:] != (module.shape(spec)[0], a.shape[-2]):
         raise AdapterError(
             f"{module.name}: A is {list(a.shape)} and B is {list(b.shape)}; expected B [{module.shape(spec)[0]}, r] in one of "
             f"{spec.layers} layers. Is this adapter for another model?",
@@ -287,12 +364,12 @@ def _split(module: Module, a: Float32, b: Float32, spec: ModelSpec) -> dict[Plac
     untrained, first = not b.any(), 0
     for target in module.targets:
         rows = spec.linear_shape(target, module.layer)[0]
-        part = np.ascontiguousarray(b[first : first + rows])
-        used = np.flatnonzero(part.any(axis=0))
-        if untrained or len(used) == len(a):
+        part = np.ascontiguousarray(b[..., first : first + rows, :])
+        used = np.flatnonzero(part.any(axis=tuple(range(part.ndim - 1))))
+        if untrained or len(used) == a.shape[-2]:
             found[module.layer, target] = (a, part)
         elif len(used):
-            found[module.layer, target] = (a[used], np.ascontiguousarray(part[:, used]))
+            found[module.layer, target] = (np.ascontiguousarray(a[..., used, :]), np.ascontiguousarray(part[..., used]))
         first += rows
     return found
 
@@ -321,10 +398,19 @@ def to_peft(adapter: Adapter, spec: ModelSpec, *, base: str | None = None) -> tu
     arrays: dict[str, Float32] = {}
     rank_pattern: dict[str, int] = {}
     alpha_pattern: dict[str, float] = {}
-    modules = {target: path for path, targets in paths.items() for target in targets}
-    for layer, path in dict.fromkeys((layer, modules[target]) for layer, target in adapter.places()):
-        module = Module(layer, path, root, paths[path])
-        a, b = _joined(module, adapter, spec)
+    written: dict[Module, None] = {}
+    for layer, target in adapter.places():
+        if experts := spec.experts_at(target, layer):
+            template = _experts(spec)[target]
+            written |= {Module(layer, template.format(e=e), root, (target,), expert=e): None for e in range(experts)}
+        else:
+            (path,) = (path for path, targets in paths.items() if target in targets)
+            written[Module(layer, path, root, paths[path])] = None
+    for module in written:
+        if module.expert is None:
+            a, b = _joined(module, adapter, spec)
+        else:
+            a, b = (side[module.expert] for side in adapter.tensors[module.layer, module.targets[0]])
         arrays[f"{PREFIX}{module.name}.lora_A.weight"] = a
         arrays[f"{PREFIX}{module.name}.lora_B.weight"] = b
         if a.shape[0] != adapter.rank:
@@ -347,12 +433,26 @@ def to_peft(adapter: Adapter, spec: ModelSpec, *, base: str | None = None) -> tu
         "r": adapter.rank,
         "rank_pattern": rank_pattern,
         "revision": None,
-        "target_modules": list(dict.fromkeys(modules[t].rpartition(".")[2] for t in TARGETS if t in adapter.targets)),
+        "target_modules": _leaves(written),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": False,
     }
     return config, arrays
+
+
+def _leaves(modules: Collection[Module]) -> list[str]:
+    """The last parts of the names of modules, in the order of their targets."""
+    ordered = sorted(modules, key=lambda module: TARGETS.index(module.targets[0]))
+    return list(dict.fromkeys(module.path.rpartition(".")[2] for module in ordered))
+
+
+def _experts(spec: ModelSpec) -> Mapping[str, str]:
+    """Target -> module path below `model.layers.<i>`, {e} for the expert; empty where no layer has experts."""
+    from nomoat.models import architecture
+
+    found: Mapping[str, str] = architecture(spec).PEFT_EXPERTS if any(block.experts for block in spec.blocks) else {}
+    return found
 
 
 def _paths(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
