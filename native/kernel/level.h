@@ -13,6 +13,7 @@ template <class V>
 constexpr Kernels make_kernels(Level level) {
   Kernels k{};
   k.level = level;
+  k.bf16_dots = V::kBf16Dots;
   k.gemm_i8 = gemm_i8<V>;
   k.gemm_float = gemm_float<V>;
   k.panel_bf16 = panel_bf16<V>;
