@@ -83,7 +83,7 @@ void route(Engine& engine, const Layer& own, const float* h, int rows, float* we
 // take.
 Activations gather(Engine& engine, const Activations& x, const Pairs& pairs, bool wide) {
   const size_t count = size_t(pairs.count()), cols = size_t(x.cols), codes = cols * size_t(x.digits), blocks = cols / kTileCols;
-  float* f32 = x.mode == Mode::f32 || (x.mode == Mode::int8 && wide) ? engine.pair_x.get<float>(count * cols) : nullptr;
+  float* f32 = !x.low && (x.mode != Mode::int8 || wide) ? engine.pair_x.get<float>(count * cols) : nullptr;
   bf16* low = x.low ? engine.pair_low.get<bf16>(count * cols) : nullptr;
   int8_t* q = x.mode == Mode::int8 ? engine.pair_q.get<int8_t>(count * codes) : nullptr;
   ActBlock* scales = x.mode == Mode::int8 ? engine.pair_blocks.get<ActBlock>(count * blocks) : nullptr;
