@@ -10,7 +10,8 @@ namespace nomoat {
 namespace {
 
 struct Avx2 {
-  static constexpr int W = 8, kIntRows = 4, kGemmRows = 6, kGemmVectors = 2, kWordsFrom = 8;
+  static constexpr int W = 8, kIntRows = 4, kGemmRows = 6, kGemmVectors = 2, kOuterRows = 4, kWordsFrom = 8;
+  static constexpr bool kBf16Dots = false;
   using F = __m256;
   using I = __m256i;
   using B = __m256i;

@@ -9,7 +9,8 @@ namespace nomoat {
 namespace {
 
 struct Avx512 {
-  static constexpr int W = 16, kIntRows = 8, kGemmRows = 8, kGemmVectors = 3, kWordsFrom = 0;
+  static constexpr int W = 16, kIntRows = 8, kGemmRows = 8, kGemmVectors = 3, kOuterRows = 8, kWordsFrom = 0;
+  static constexpr bool kBf16Dots = true;
   using F = __m512;
   using I = __m512i;
   using B = __m512i;

@@ -14,6 +14,7 @@ template <class V>
 constexpr Kernels make_kernels(Level level) {
   Kernels k{};
   k.level = level;
+  k.bf16_dots = V::kBf16Dots;
   k.gemm_i8 = gemm_i8<V>;
   if constexpr (V::kWordsFrom > 0) {
     k.gemm_words = gemm_words<V>;

@@ -10,7 +10,8 @@ namespace {
 
 struct Neon {
   // 8 rows x 12 columns: 24 accumulators and six vectors of weights leave one register for the activations, one for zeros
-  static constexpr int W = 4, kIntRows = 8, kGemmRows = 8, kGemmVectors = 3, kWordsFrom = 0;
+  static constexpr int W = 4, kIntRows = 8, kGemmRows = 8, kGemmVectors = 3, kOuterRows = 4, kWordsFrom = 0;
+  static constexpr bool kBf16Dots = false;
   using F = float32x4_t;
   using I = int32x4_t;
   using B = uint8x16_t;

@@ -284,10 +284,11 @@ inline void outer_tile(const float* u, int ldu, const T* x, int ldx, int rows, f
 
 template <class V, class T>
 inline void outer(const float* u, int ldu, int rank, const T* x, int ldx, int rows, int first, int last, float* out, int ldo) {
+  constexpr int R = V::kOuterRows;  // with 16 / W vectors each, what the registers hold
   for (int c = first; c < last; c += 16) {
     const int width = last - c < 16 ? last - c : 16;
     int r = 0;
-    for (; r + 8 <= rank; r += 8) outer_tile<V, T, 8>(u + r, ldu, x + c, ldx, rows, out + size_t(r) * ldo + c, ldo, width);
+    for (; r + R <= rank; r += R) outer_tile<V, T, R>(u + r, ldu, x + c, ldx, rows, out + size_t(r) * ldo + c, ldo, width);
     for (; r < rank; r++) outer_tile<V, T, 1>(u + r, ldu, x + c, ldx, rows, out + size_t(r) * ldo + c, ldo, width);
   }
 }

@@ -7,7 +7,8 @@ namespace nomoat {
 namespace {
 
 struct Scalar {
-  static constexpr int W = 1, kIntRows = 4, kGemmRows = 4, kGemmVectors = 4, kWordsFrom = 0;
+  static constexpr int W = 1, kIntRows = 4, kGemmRows = 4, kGemmVectors = 4, kOuterRows = 8, kWordsFrom = 0;
+  static constexpr bool kBf16Dots = true;  // the specification of the levels that have them
   using F = float;
   using I = int32_t;
   using B = uint32_t;      // four codes of one row

@@ -69,6 +69,9 @@ inline int64_t attend_backward_scratch(int key_count, int heads, int dim) {
 
 struct Kernels {
   Level level;
+  // Whether the bf16 products below are what training should use. Where a level has no instruction for dots of bf16 pairs, the
+  // float32 ones are faster, and round neither factor: there, bf16 is what the tape and the cache hold, no more.
+  bool bf16_dots;
   // -- products with packed weights -------------------------------------------------------------------------------
   // y[m, 16s + r] (+)= sum_k W[16s + r, k] x[m, k] for strips s of [first, last), integer formats, activations of
   // one or two int8 digits. A block of 32 activations is 32 high digits, then 32 low ones if there are two.

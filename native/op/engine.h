@@ -197,7 +197,7 @@ struct Activations {
   const ActBlock* blocks;
 };
 
-// Converts x[rows][cols] (stride cols) into `low` (bf16) or `q` + `blocks` (int8) as the mode asks.
+// Converts x[rows][cols] (stride cols) as the mode asks: into `low` (bf16, if the level has dots of it) or `q` + `blocks` (int8).
 Activations prepare(Mode mode, int digits, const float* x, int rows, int cols, Buffer& low, Buffer& q, Buffer& blocks);
 
 struct LinearJob {

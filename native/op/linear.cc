@@ -312,12 +312,15 @@ void backward_panels(Engine& engine, const Activations& x, const LinearBackwardJ
   });
 }
 
+// Whether products round their factors to bf16; where not, the mode says what the tape and the cache hold.
+bool low_products(Mode mode) { return mode == Mode::bf16 && kernels().bf16_dots; }
+
 }  // namespace
 
 Activations prepare(Mode mode, int digits, const float* x, int rows, int cols, Buffer& low, Buffer& q, Buffer& blocks) {
   const bool words = digits == 2 && kernels().words_from && rows >= kernels().words_from;
   Activations a{mode, rows, cols, words ? kWords : digits, x, nullptr, nullptr, nullptr};
-  if (mode == Mode::bf16) {
+  if (low_products(mode)) {
     bf16* to = low.get<bf16>(size_t(rows) * cols);
     for_rows(rows, 32, [&](int first, int last) {
       kernels().to_bf16(x + size_t(first) * cols, (last - first) * cols, to + size_t(first) * cols);
@@ -342,7 +345,7 @@ void linear(Engine& engine, const Activations& x, const LinearJob* jobs, int cou
   if (x.mode == Mode::int8) {
     linear_int8(x, jobs, count);
     adapters_int8(engine, x, jobs, count, batch, layer);
-  } else if (x.mode == Mode::bf16) {
+  } else if (low_products(x.mode)) {
     linear_panels<bf16>(engine, x, jobs, count, batch, layer);
   } else {
     linear_panels<float>(engine, x, jobs, count, batch, layer);
@@ -356,7 +359,7 @@ void linear(Engine& engine, const Activations& x, const LinearJob* jobs, int cou
 
 void linear_backward(Engine& engine, const Activations& x, const LinearBackwardJob* jobs, int count, const Batch& batch,
                      int layer, float* dx, int ldx) {
-  if (x.mode == Mode::bf16)
+  if (low_products(x.mode))
     backward_panels<bf16>(engine, x, jobs, count, batch, layer, dx, ldx);
   else
     backward_panels<float>(engine, x, jobs, count, batch, layer, dx, ldx);

@@ -84,9 +84,10 @@ void route(Engine& engine, const Layer& own, const float* h, int rows, float* we
 // The activations of every pair, converted once for a row. `wide`: in int8 mode float32 ones too, which weights that are floats
 // take.
 Activations gather(Engine& engine, const Activations& x, const Pairs& pairs, bool wide) {
-  const size_t count = size_t(pairs.count()), cols = size_t(x.cols), codes = cols * size_t(code_bytes(x.digits)), blocks = cols / kTileCols;
-  float* f32 = x.mode == Mode::f32 || (x.mode == Mode::int8 && wide) ? engine.pair_x.get<float>(count * cols) : nullptr;
-  bf16* low = x.mode == Mode::bf16 ? engine.pair_low.get<bf16>(count * cols) : nullptr;
+  const size_t count = size_t(pairs.count()), cols = size_t(x.cols), codes = cols * size_t(code_bytes(x.digits)),
+               blocks = cols / kTileCols;
+  float* f32 = !x.low && (x.mode != Mode::int8 || wide) ? engine.pair_x.get<float>(count * cols) : nullptr;
+  bf16* low = x.low ? engine.pair_low.get<bf16>(count * cols) : nullptr;
   int8_t* q = x.mode == Mode::int8 ? engine.pair_q.get<int8_t>(count * codes) : nullptr;
   ActBlock* scales = x.mode == Mode::int8 ? engine.pair_blocks.get<ActBlock>(count * blocks) : nullptr;
   for_rows(pairs.count(), 16, [&](int first, int last) {
