@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nomoat.cli.memory import larger_than_memory, say
+from nomoat.cli.memory import kv_type, larger_than_memory, say
 from nomoat.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from nomoat.cli.conversation import Timing
+    from nomoat.engine.kv import KvType
 
 #: Characters read from a pipe: far more than any context holds, and a bound on memory.
 MAX_STDIN = 16 << 20
@@ -40,6 +41,7 @@ MAX_STDIN = 16 << 20
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Same seed, same answer. [default: a new one each time]")
 @click.option("--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Longest answer.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated.")
+@kv_type
 @larger_than_memory
 @click.option(
     "--fim",
@@ -62,6 +64,7 @@ def command(
     seed: int | None,
     max_tokens: int,
     stop: tuple[str, ...],
+    kv_type: KvType,
     larger_than_memory: bool,
     fim: str | None,
     suffix: str | None,
@@ -91,7 +94,7 @@ def command(
     from nomoat.engine.generate import Sampling
 
     fetch_missing(model)
-    opened, stack = open_model(model, larger_than_memory=larger_than_memory, tell=say)
+    opened, stack = open_model(model, kv_type=kv_type, larger_than_memory=larger_than_memory, tell=say)
     if temperature is None:
         temperature = 0.7 if stack is None and gap is None else 0.0
     if seed is None:
