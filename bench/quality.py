@@ -1,15 +1,17 @@
 """Does int8 arithmetic cost quality? Perplexity, and divergence from exact arithmetic, beside llama.cpp's on the same file.
 
-    python bench/quality.py [--model smollm2:135m] [--windows 40]
+    python bench/quality.py [--model smollm2:135m] [--windows 40] [--without-peer]
 
 Both engines read the same windows of 512 tokens of wikitext2. The reference is the same dequantized weights in float32 from
 end to end (precision "f32"). For every scored token KL(reference || engine) is the sum over the vocabulary of
-p (log p - log q). Windows and scored tokens are those of `llama-perplexity`. Writes bench/results/quality.json.
+p (log p - log q). Windows and scored tokens are those of `llama-perplexity`. Writes bench/results/quality.json;
+without the peer, what nomoat's own precisions cost goes to bench/results/quality_own.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import tempfile
@@ -29,13 +31,19 @@ from bench.peers.channel import Side  # noqa: E402
 from bench.peers.install import LLAMACPP_PYTHON  # noqa: E402
 
 if TYPE_CHECKING:
+    from nomoat.engine.kv import KvType
     from nomoat.engine.model import Model
     from nomoat.evals.perplexity import Window
 
 Floats = npt.NDArray[np.floating[Any]]
 
 REFERENCE = "reference f32"
-PRECISIONS = {"nomoat int8": "int8", "nomoat bf16": "bf16"}
+#: name of a row: precision, and what keys and values are kept in
+PRECISIONS: dict[str, tuple[str, KvType]] = {
+    "nomoat int8": ("int8", "bf16"),
+    "nomoat int8, KV int8": ("int8", "int8"),
+    "nomoat bf16": ("bf16", "bf16"),
+}
 PEER = "llama.cpp"
 CONTEXT = 512
 
@@ -96,30 +104,33 @@ def compare(scores: Mapping[str, Scores]) -> dict[str, float]:
     }
 
 
-def measure(model: Model, peer: Side, windows: Iterable[Window], progress: Any = print) -> dict[str, Scores]:
-    """Scores of the reference, of each precision and of the peer."""
-    scores = {name: Scores() for name in (REFERENCE, *PRECISIONS, PEER)}
+def measure(
+    models: Mapping[KvType, Model], peer: Side | None, windows: Iterable[Window], progress: Any = print
+) -> dict[str, Scores]:
+    """Scores of the reference, of each precision and of the peer. `models`: by the type of their keys and values."""
+    scores = {name: Scores() for name in (REFERENCE, *PRECISIONS, *([PEER] if peer else []))}
     with tempfile.TemporaryDirectory(prefix="nomoat-bench-") as folder:
         out = str(Path(folder) / "logits.npy")
         for count, window in enumerate(windows, 1):
             tokens, rows = window.tokens, slice(window.first - 1, len(window.tokens) - 1)
             targets = np.array(tokens[window.first :], np.int32)
-            exact = model.logits(tokens, precision="f32")[rows]
+            exact = models["bf16"].logits(tokens, precision="f32")[rows]
             reference = log_softmax(exact)
             scores[REFERENCE].add(exact, reference, targets)
-            for name, precision in PRECISIONS.items():
-                scores[name].add(model.logits(tokens, precision=precision)[rows], reference, targets)
-            peer.ask("logits", tokens=tokens, first=rows.start, last=rows.stop, out=out)
-            scores[PEER].add(np.load(out), reference, targets)
+            for name, (precision, kv_type) in PRECISIONS.items():
+                scores[name].add(models[kv_type].logits(tokens, precision=precision)[rows], reference, targets)
+            if peer:
+                peer.ask("logits", tokens=tokens, first=rows.start, last=rows.stop, out=out)
+                scores[PEER].add(np.load(out), reference, targets)
             progress(f"  window {count}: " + ", ".join(f"{n} {s.summary()['kl']:.6f}" for n, s in scores.items()))
     return scores
 
 
 def table(summaries: Mapping[str, Mapping[str, float]]) -> str:
-    lines = [f"{'':14} {'perplexity':>10} {'KL mean':>10} {'+-':>8} {'KL median':>10} {'KL p99':>8} {'same first':>10}"]
+    lines = [f"{'':20} {'perplexity':>10} {'KL mean':>10} {'+-':>8} {'KL median':>10} {'KL p99':>8} {'same first':>10}"]
     for name, s in summaries.items():
         lines.append(
-            f"{name:14} {s['perplexity']:10.4f} {s['kl']:10.6f} {s['kl_error']:8.6f} {s['kl_median']:10.6f} {s['kl_p99']:8.5f} "
+            f"{name:20} {s['perplexity']:10.4f} {s['kl']:10.6f} {s['kl_error']:8.6f} {s['kl_median']:10.6f} {s['kl_p99']:8.5f} "
             f"{s['same_first_token']:10.2%}"
         )
     return "\n".join(lines)
@@ -132,27 +143,35 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=shared / "wikitext2" / "wiki.test.txt")
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--without-peer", action="store_true", help="nomoat's own precisions alone")
     parser.add_argument("--llamacpp-python", type=Path, default=LLAMACPP_PYTHON)
     given = parser.parse_args()
 
+    from nomoat.engine.kv import KV_TYPES
     from nomoat.engine.model import Model
     from nomoat.evals.perplexity import windows
     from nomoat.hub.names import resolve
 
     path = resolve(given.model, download=True)
-    model = Model.load(path, threads=given.threads)
-    tokenizer = model.tokenizer
+    models = {kv_type: Model.load(path, threads=given.threads, kv_type=kv_type) for kv_type in KV_TYPES}
+    tokenizer = models["bf16"].tokenizer
     tokens = tokenizer.encode(given.text.read_text(encoding="utf-8"))
     cut = list(windows(tokens, CONTEXT, bos=tokenizer.bos_id if tokenizer.add_bos else None))[: given.windows]
-    with Side("bench.peers.llamacpp_side", given.llamacpp_python) as peer:
-        about = peer.ask("load", path=str(path), context=CONTEXT, threads=given.threads)
-        scores = measure(model, peer, cut, progress=lambda text: print(text, file=sys.stderr, flush=True))
-    summaries, verdict = {name: score.summary() for name, score in scores.items()}, compare(scores)
+    figures: dict[str, Any] = {}
+    with contextlib.ExitStack() as running:
+        peer = None
+        if not given.without_peer:
+            peer = running.enter_context(Side("bench.peers.llamacpp_side", given.llamacpp_python))
+            figures["llama.cpp"] = peer.ask("load", path=str(path), context=CONTEXT, threads=given.threads)
+        scores = measure(models, peer, cut, progress=lambda text: print(text, file=sys.stderr, flush=True))
+    summaries = {name: score.summary() for name, score in scores.items()}
     print(table(summaries))
-    print(
-        f"nomoat int8 / llama.cpp: perplexity x {verdict['perplexity_ratio']:.4f}, KL x {verdict['kl_ratio']:.3f} "
-        f"(difference {verdict['kl_difference']:+.6f} +- {verdict['kl_difference_error']:.6f})"
-    )
+    if peer:
+        verdict = figures["comparison"] = compare(scores)
+        print(
+            f"nomoat int8 / llama.cpp: perplexity x {verdict['perplexity_ratio']:.4f}, KL x {verdict['kl_ratio']:.3f} "
+            f"(difference {verdict['kl_difference']:+.6f} +- {verdict['kl_difference_error']:.6f})"
+        )
     work = {
         "model": path.name,
         "text": given.text.name,
@@ -160,14 +179,8 @@ def main() -> None:
         "context": CONTEXT,
         "scored": (CONTEXT // 2 - 1) * len(cut),
     }
-    figures = {
-        "work": work,
-        "scores": summaries,
-        "comparison": verdict,
-        "machine": environment(given.threads),
-        "llama.cpp": about,
-    }
-    print(f"written: {write('quality', figures)}")
+    figures |= {"work": work, "scores": summaries, "machine": environment(given.threads)}
+    print(f"written: {write('quality' if peer else 'quality_own', figures)}")
 
 
 if __name__ == "__main__":

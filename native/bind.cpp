@@ -398,12 +398,13 @@ void bind_state(nb::module_& m) {
   nb::class_<KvCache>(m, "KvCache")
       .def(
           "__init__",
-          [](KvCache* self, const PyEngine& e, bool f32) {
+          [](KvCache* self, const PyEngine& e, const std::string& type) {
+            require(type == "bf16" || type == "f32" || type == "int8", "keys and values are bf16, f32 or int8, not " + type);
             std::vector<int> kv_heads;
             for (const Layer& layer : e.layers) kv_heads.push_back(layer.kv_heads);
-            new (self) KvCache(e.dims, kv_heads, f32);
+            new (self) KvCache(e.dims, kv_heads, type == "f32" ? KvType::f32 : type == "int8" ? KvType::int8 : KvType::bf16);
           },
-          nb::arg("engine"), nb::arg("f32") = false)
+          nb::arg("engine"), nb::arg("type") = "bf16")
       .def("reserve", &KvCache::reserve, nb::arg("pages"))
       .def_prop_ro("pages", &KvCache::pages)
       .def_prop_ro("page_bytes", &KvCache::page_bytes);

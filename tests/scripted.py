@@ -88,8 +88,8 @@ class ScriptedModel(_Stand):
 
 
 class Session:
-    def __init__(self, model: ScriptedModel, *, stack: Any = None) -> None:
-        self.model, self.stack = model, stack
+    def __init__(self, model: ScriptedModel, *, stack: Any = None, draft: Any = None) -> None:
+        self.model, self.stack, self.draft = model, stack, draft
         self.sequence = types.SimpleNamespace(tokens=[])
 
 

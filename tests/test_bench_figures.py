@@ -58,7 +58,8 @@ class FakePeer:
 def test_engines_are_scored_on_the_same_rows() -> None:
     windows = [Window([1, 2, 3, 4, 5, 6, 7, 8], 5), Window([8, 7, 6, 5, 4, 3, 2, 1], 5)]
     said: list[str] = []
-    scores = quality.measure(FakeModel(), FakePeer(), windows, progress=said.append)  # type: ignore[arg-type]
+    models: Any = {"bf16": FakeModel(), "int8": FakeModel()}
+    scores = quality.measure(models, FakePeer(), windows, progress=said.append)  # type: ignore[arg-type]
     found = {name: score.summary() for name, score in scores.items()}
     exact = quality.log_softmax(FakeModel().logits(windows[0].tokens, precision="f32"))
     nats = [-exact[row, window.tokens[row + 1]] for window in windows for row in (4, 5, 6)]
@@ -72,7 +73,9 @@ def test_engines_are_scored_on_the_same_rows() -> None:
     assert verdict["perplexity_ratio"] == pytest.approx(found["nomoat int8"]["perplexity"] / found[quality.PEER]["perplexity"])
     assert verdict["kl_difference"] > 0
     assert len(said) == 2
-    assert len(quality.table(found).splitlines()) == 5
+    assert len(quality.table(found).splitlines()) == 6
+    alone = quality.measure(models, None, windows, progress=said.append)
+    assert {name: score.summary() for name, score in alone.items()} == {n: s for n, s in found.items() if n != quality.PEER}
 
 
 def test_a_plan_survives_its_file(tmp_path: Path) -> None:

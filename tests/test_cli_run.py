@@ -382,3 +382,28 @@ def test_no_control_character_ever_gets_through(pieces: list[str]) -> None:
     shown = "".join(terminal.push(piece) for piece in pieces)
     assert all(c == "\n" or c.isprintable() for c in shown)
     assert shown.count("\n") == "".join(pieces).count("\n")
+
+
+def test_a_draft_model_and_the_type_of_the_cache_reach_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[tuple[str, object]] = []
+    drafts: list[object] = []
+    models = {name: ScriptedModel(lambda asked: [asked]) for name in ("tiny", "small")}
+
+    def open_model(name: str, *, kv_type: str, **_: object) -> tuple[ScriptedModel, object]:
+        opened.append((name, kv_type))
+        return models[name.partition("+")[0]], object() if "+" in name else None
+
+    def session(model: ScriptedModel, **rest: Any) -> scripted.Session:
+        drafts.append(rest["draft"])
+        return scripted.Session(model, **rest)
+
+    monkeypatch.setattr("nomoat.engine.generate.Session", session)
+    monkeypatch.setattr("nomoat.engine.generate.stream", scripted.stream)
+    monkeypatch.setattr("nomoat.adapters.open.open_model", open_model)
+    monkeypatch.setattr("nomoat.cli.fetch.fetch_missing", lambda name: None)
+    result = CliRunner().invoke(command, ["tiny", "hi", "--draft", "small", "--kv-type", "int8"])
+    assert result.exit_code == 0, result.output
+    assert opened == [("tiny", "int8"), ("small", "int8")]
+    assert drafts == [models["small"]]
+    refused = CliRunner().invoke(command, ["tiny", "hi", "--draft", "small+a"])
+    assert "runs without adapters" in str(refused.exception)

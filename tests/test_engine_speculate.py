@@ -18,6 +18,7 @@ pytest.importorskip("nomoat._native")
 from nomoat.engine.generate import Sampling, Session, generate, stream
 from nomoat.engine.model import Model
 from nomoat.engine.stack import Stack
+from nomoat.errors import ModelError
 
 RNG = np.random.default_rng(5)
 PATTERN = RNG.integers(3, 271, 7).tolist()
@@ -111,3 +112,59 @@ def test_guesses_grow_while_they_are_right() -> None:
     assert lengths == [4, 8, LONGEST, LONGEST]
     lookup.judged(5, 0)
     assert len(lookup.guess(100)) == 1
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """Another model of the same vocabulary, with a context that ends before the answers do."""
+    return Model.load(tiny_llama(tmp_path_factory.mktemp("draft") / "small.gguf", type="Q8_0", context=48), threads=2)
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+@pytest.mark.parametrize("max_batch", [1, 3])
+def test_a_draft_model_does_not_change_answers(model: Model, small: Model, name: str, max_batch: int) -> None:
+    sampling = SAMPLINGS[name]
+    plain = generate(model, PROMPTS, replace(sampling, speculate=False))
+    for draft in (small, model):  # the model itself guesses right, always
+        assert generate(model, PROMPTS, sampling, draft=draft, max_batch=max_batch) == plain
+    assert len(small.pool()._free) == small.pool()._made  # no page is lost
+
+
+@pytest.mark.parametrize("name", ["greedy", "sampled"])
+def test_what_a_draft_model_guesses_right_takes_fewer_steps(model: Model, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The same weights as a draft draw the same tokens: every guess is kept, sampled ones too."""
+    twin = Model.load(model.path, threads=2)
+    steps: list[int] = []
+    forward = Model.forward
+
+    def counted(self: Model, segments: list[tuple[object, list[int], object]], **others: object) -> object:
+        if self is model:
+            steps.append(len(segments[0][1]))
+        return forward(self, segments, **others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Model, "forward", counted)
+    monkeypatch.setattr(PromptLookup, "guess", lambda self, limit: [])
+    prompt = PROMPTS[1]
+    answer = generate(model, [prompt], SAMPLINGS[name], draft=twin)[0]
+    assert len(steps) <= 1 + 1 + len(answer.tokens) // 4
+    assert sum(steps) == len(prompt) + len(answer.tokens) - 1  # no row was computed for nothing
+
+
+def test_a_conversation_keeps_what_its_draft_model_has_seen(model: Model, small: Model) -> None:
+    session = Session(model, draft=small)
+    asked = list(PROMPTS[1])
+    for _ in range(3):
+        text = "".join(stream(model, asked, SAMPLINGS["sampled"], session=session))
+        answer = generate(model, [asked], replace(SAMPLINGS["sampled"], speculate=False))[0]
+        assert text == answer.text
+        asked = asked + answer.tokens + [7]
+    session.release()
+    assert session.draft is not None
+    assert session.draft._sequence.pages == []
+
+
+def test_a_draft_model_of_another_vocabulary_is_refused(model: Model, tmp_path: Path) -> None:
+    other = Model.load(tiny_llama(tmp_path / "other.gguf", vocab=300))
+    with pytest.raises(ModelError, match="has another vocabulary") as fault:
+        generate(model, PROMPTS[:1], SAMPLINGS["greedy"], draft=other)
+    assert fault.value.code == "E_TOKENIZER"

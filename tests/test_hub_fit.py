@@ -45,6 +45,7 @@ BIG = spec(blocks=(LayerSpec(32, 8, 14336),) * 32, width=4096, head_dim=128, voc
 
 def test_figures_that_can_be_counted_by_hand() -> None:
     assert fit.kv_bytes_per_token(spec()) == 2 * 2 * 30 * 3 * 64
+    assert fit.kv_bytes_per_token(spec(), "int8") == 2 * 30 * 3 * (64 + 4)
     per_layer = 2 * (576 + 576) + 2 * (192 + 576) + 3 * (576 + 1536)  # rows + columns of the seven linears
     assert fit.adapter_parameters(spec(), 16) == 30 * 16 * per_layer
     assert fit.adapter_parameters(spec(), 8, ["q"]) == 30 * 8 * (576 + 576)

@@ -20,12 +20,29 @@ inline void key_pair(const float* block, int d, int lane, typename V::F& even, t
 }
 
 template <class V>
+inline void key_pair(const int8_t* block, int d, int lane, typename V::F& even, typename V::F& odd) {
+  even = V::from_s8(block + 16 * d + lane);
+  odd = V::from_s8(block + 16 * (d + 1) + lane);
+}
+
+template <class V>
 inline typename V::F values(const bf16* at) {
   return V::from_bf16(at);
 }
 template <class V>
 inline typename V::F values(const float* at) {
   return V::load(at);
+}
+template <class V>
+inline typename V::F values(const int8_t* at) {
+  return V::from_s8(at);
+}
+
+// x[key] *= scale of that key, for the 16 keys from `key` on; int8 pages only
+template <class V>
+inline void scale_keys(const uint8_t* const* pages, int key, int dim, float* x) {
+  const float* scales = reinterpret_cast<const float*>(pages[key / kPageTokens] + size_t(kPageTokens) * dim) + key % kPageTokens;
+  for (int lane = 0; lane < 16; lane += V::W) V::store(x + lane, V::mul(V::load(x + lane), V::load(scales + lane)));
 }
 
 // scores[r][0..15] = q[r] . keys, R virtual rows. Even and odd dimensions have sums of their own: with four rows that makes
@@ -122,6 +139,8 @@ void attend_rows(const AttendArgs& a, int virtual_row, int padded) {
     const T* page = reinterpret_cast<const T*>(a.k[key / kPageTokens]);
     for (int r = 0; r < R; r++) at[r] = scores[r] + key;
     score_block<V, T, R>(q, page + size_t(key % kPageTokens / 16) * 16 * a.dim, a.dim, at);
+    if constexpr (sizeof(T) == 1)
+      for (int r = 0; r < R; r++) scale_keys<V>(a.k, key, a.dim, at[r]);
   }
   const int end = last / 16 * 16 + 16;
   for (int r = 0; r < R; r++) {
@@ -132,6 +151,8 @@ void attend_rows(const AttendArgs& a, int virtual_row, int padded) {
     const float sum = soften<V>(scores[r] + begin, end - begin, start - begin, position - begin, &maximum);
     inverse[r] = 1.0f / sum;
     if (a.lse) a.lse[size_t(row) * a.lse_stride + head] = maximum + logf(sum);
+    if constexpr (sizeof(T) == 1)
+      for (int key = begin; key < end; key += 16) scale_keys<V>(a.v, key, a.dim, scores[r] + key);
   }
   auto value = [&](int key) { return reinterpret_cast<const T*>(a.v[key / kPageTokens]) + size_t(key % kPageTokens) * a.dim; };
   mix<V, R>(scores, value, first, last, a.dim, inverse, out);
@@ -153,6 +174,10 @@ void attend_bf16(const AttendArgs& a) {
 template <class V>
 void attend_f32(const AttendArgs& a) {
   attend<V, float>(a);
+}
+template <class V>
+void attend_int8(const AttendArgs& a) {
+  attend<V, int8_t>(a);
 }
 
 // ---- backward --------------------------------------------------------------------------------------------------------

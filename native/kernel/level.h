@@ -33,6 +33,7 @@ constexpr Kernels make_kernels(Level level) {
   k.outer_bf16 = outer_bf16<V>;
   k.outer_f32 = outer_f32<V>;
   k.quantize = quantize<V>;
+  k.to_int8 = to_int8<V>;
   k.to_bf16 = to_bf16<V>;
   k.to_f32 = to_f32<V>;
   k.rms_norm = rms_norm<V>;
@@ -50,6 +51,7 @@ constexpr Kernels make_kernels(Level level) {
   k.softmax_f32 = softmax_f32<V>;
   k.attend_bf16 = attend_bf16<V>;
   k.attend_f32 = attend_f32<V>;
+  k.attend_int8 = attend_int8<V>;
   k.attend_backward = attend_backward<V>;
   k.sum_squares = sum_squares;
   k.adamw = adamw;

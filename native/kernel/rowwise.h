@@ -77,6 +77,21 @@ void quantize(const float* x, int cols, int digits, int8_t* q, ActBlock* blocks)
 }
 
 template <class V>
+float to_int8(const float* x, int count, int8_t* out) {
+  typename V::F top = V::zero(), total = V::zero();
+  for (int i = 0; i < count; i += V::W) top = V::max(top, V::abs(V::load(x + i)));
+  const float peak = V::max_of(top);
+  const typename V::F factor = V::set1(peak > 1e-30f ? 127.0f / peak : 0.0f);
+  for (int i = 0; i < count; i += V::W) {
+    const typename V::F code = V::round(V::mul(V::load(x + i), factor));
+    total = V::add(total, code);  // NaN where x is NaN or infinite: max may have lost it
+    V::store_s8(out + i, code);
+  }
+  const float sum = V::sum(total);
+  return sum == sum ? peak / 127.0f : NAN;
+}
+
+template <class V>
 void to_bf16(const float* x, int count, bf16* out) {
   for (int i = 0; i < count; i += V::W) V::store_bf16(out + i, V::load(x + i));
 }

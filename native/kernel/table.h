@@ -37,8 +37,8 @@ struct AttendArgs {
   int first_position;       // position of row 0; row i sees keys [max(0, p - window + 1), p], p = first_position + i
   int window;               // 0 = all
   float cap;                // scores become cap * tanh(score / cap); 0 = they stay
-  const uint8_t* const* k;  // page -> keys [4 blocks of 16][dim / 2][16][2] bf16, or [4][dim][16] f32
-  const uint8_t* const* v;  // page -> values [64][dim]
+  const uint8_t* const* k;  // page -> keys [4 blocks of 16][dim / 2][16][2] bf16, or [4][dim][16] f32 or int8
+  const uint8_t* const* v;  // page -> values [64][dim]; behind int8 keys or values stand their 64 scales, float
   float* out;               // [rows][heads][dim], stride q_stride
   float* lse;               // [rows][heads] log of the sum of exponentials, stride lse_stride; may be null
   int lse_stride;
@@ -109,6 +109,8 @@ struct Kernels {
                     int ldo);
   // -- rows ---------------------------------------------------------------------------------------------------------
   void (*quantize)(const float* x, int cols, int digits, int8_t* q, ActBlock* blocks);
+  // returns max|x| / 127;  out[i] = round(x[i] / that). A NaN or infinite x makes it NaN
+  float (*to_int8)(const float* x, int count, int8_t* out);
   void (*to_bf16)(const float* x, int count, bf16* out);
   void (*to_f32)(const bf16* x, int count, float* out);
   // y = x * w * rsqrt(mean(x^2) + eps)
@@ -136,6 +138,7 @@ struct Kernels {
   // -- attention ----------------------------------------------------------------------------------------------------
   void (*attend_bf16)(const AttendArgs& args);
   void (*attend_f32)(const AttendArgs& args);
+  void (*attend_int8)(const AttendArgs& args);
   void (*attend_backward)(const AttendBackwardArgs& args);
   // -- optimizer ----------------------------------------------------------------------------------------------------
   double (*sum_squares)(const float* x, int64_t count);

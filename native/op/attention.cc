@@ -96,11 +96,19 @@ void turn_row(const Heads& h, int position, const float* q, const float* k, floa
   for (int i = 0; i < h.own.kv_heads; i++) rotate(h, k + i * dim, position, 1, 1, k_to + i * stride);
 }
 
+// The scales behind a page's int8 keys or values.
+float* scales_of(uint8_t* page, int dim) { return reinterpret_cast<float*>(page + size_t(kPageTokens) * dim); }
+
 void write_key(const KvCache& cache, const float* key, int dim, uint8_t* page, int slot) {
   const int block = slot / 16, lane = slot % 16;
-  if (cache.f32()) {
+  if (cache.type() == KvType::f32) {
     float* to = reinterpret_cast<float*>(page) + size_t(block) * 16 * dim;
     for (int d = 0; d < dim; d++) to[16 * d + lane] = key[d];
+  } else if (cache.type() == KvType::int8) {
+    int8_t* to = reinterpret_cast<int8_t*>(page) + size_t(block) * 16 * dim;
+    int8_t low[512];
+    scales_of(page, dim)[slot] = kernels().to_int8(key, dim, low);
+    for (int d = 0; d < dim; d++) to[16 * d + lane] = low[d];
   } else {
     bf16* to = reinterpret_cast<bf16*>(page) + size_t(block) * 16 * dim;
     bf16 low[512];
@@ -113,8 +121,10 @@ void write_key(const KvCache& cache, const float* key, int dim, uint8_t* page, i
 }
 
 void write_value(const KvCache& cache, const float* value, int dim, uint8_t* page, int slot) {
-  if (cache.f32())
+  if (cache.type() == KvType::f32)
     std::memcpy(reinterpret_cast<float*>(page) + size_t(slot) * dim, value, size_t(dim) * sizeof(float));
+  else if (cache.type() == KvType::int8)
+    scales_of(page, dim)[slot] = kernels().to_int8(value, dim, reinterpret_cast<int8_t*>(page) + size_t(slot) * dim);
   else
     kernels().to_bf16(value, dim, reinterpret_cast<bf16*>(page) + size_t(slot) * dim);
 }
@@ -191,7 +201,8 @@ void attend_all(Engine& engine, const Batch& batch, const KvCache& cache, int ca
     a.lse = lse ? lse + row * h.own.heads + head : nullptr;
     a.lse_stride = h.own.heads;
     a.scratch = scratch;
-    (cache.f32() ? kernels().attend_f32 : kernels().attend_bf16)(a);
+    const Kernels& level = kernels();
+    (cache.type() == KvType::f32 ? level.attend_f32 : cache.type() == KvType::int8 ? level.attend_int8 : level.attend_bf16)(a);
   });
 }
 

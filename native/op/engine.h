@@ -70,15 +70,17 @@ struct Batch {
   const LoraSet* lora() const { return segments.empty() ? nullptr : segments[0].lora; }
 };
 
+enum class KvType : int { bf16, f32, int8 };  // int8: each key and value has a scale of its own
+
 // Paged keys and values. One page holds kPageTokens positions of every layer: per layer and kv head, keys then values.
 class KvCache {
  public:
-  KvCache(const Dims& dims, const std::vector<int>& kv_heads, bool f32);  // one count a layer
+  KvCache(const Dims& dims, const std::vector<int>& kv_heads, KvType type);  // one count a layer
   KvCache(KvCache&&) = default;
   void reserve(int pages);
   size_t page_bytes() const { return begins_.back(); }
   int pages() const { return int(pages_.size()); }
-  bool f32() const { return f32_; }
+  KvType type() const { return type_; }
   bool holds(int layer, int kv_heads) const {
     return layer + 1 < int(begins_.size()) && size_t(kv_heads) * head_bytes_ <= begins_[layer + 1] - begins_[layer];
   }
@@ -91,7 +93,7 @@ class KvCache {
  private:
   size_t head_bytes_;
   std::vector<size_t> begins_;  // bytes of a page before each layer, then of the whole page
-  bool f32_;
+  KvType type_;
   std::vector<Buffer> pages_;
 };
 

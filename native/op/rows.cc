@@ -34,8 +34,11 @@ const float* Rope::table(int positions) {
   return table_.data();
 }
 
-KvCache::KvCache(const Dims& dims, const std::vector<int>& kv_heads, bool f32)
-    : head_bytes_(size_t(2) * kPageTokens * dims.head_stride() * (f32 ? 4 : 2)), begins_(1, 0), f32_(f32) {
+KvCache::KvCache(const Dims& dims, const std::vector<int>& kv_heads, KvType type) : begins_(1, 0), type_(type) {
+  const size_t stride = size_t(dims.head_stride());
+  const size_t row =
+      type == KvType::int8 ? stride + sizeof(float) : stride * (type == KvType::f32 ? sizeof(float) : sizeof(bf16));
+  head_bytes_ = 2 * kPageTokens * row;
   for (int heads : kv_heads) begins_.push_back(begins_.back() + size_t(heads) * head_bytes_);
 }
 
@@ -50,7 +53,7 @@ Tape::Tape(const Engine& engine, Mode mode)
     : kept(engine.layers.size()),
       inputs(engine.layers.size()),
       keep(engine.layers.size(), 1),
-      scratch(engine.dims, {most_kv_heads(engine)}, mode == Mode::f32) {}
+      scratch(engine.dims, {most_kv_heads(engine)}, mode == Mode::f32 ? KvType::f32 : KvType::bf16) {}
 
 void clear_padding(float* x, int rows, int used, int stride) {
   for (int m = 0; m < rows && used < stride; m++)

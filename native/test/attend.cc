@@ -1,6 +1,7 @@
 // Attention over a paged cache and its backward: against naive sums in double, with windows, chunks and page borders.
 
 #include <cmath>
+#include <cstring>
 
 #include "quant/half.h"
 #include "test/test.h"
@@ -9,51 +10,75 @@ namespace nomoat {
 
 namespace {
 
+enum Pages { kF32, kBf16, kInt8 };
+constexpr Pages kPages[] = {kF32, kBf16, kInt8};
+
 // One kv head: queries, keys, values of `count` positions, in float32 and in pages whose unused slots hold NaN.
 struct Case {
   int count, heads, dim, window, stride;
   float cap;
   Floats q, k, v;
-  std::vector<std::vector<float>> wide_k, wide_v;
-  std::vector<std::vector<bf16>> low_k, low_v;
+  std::vector<std::vector<uint8_t>> key_pages[3], value_pages[3];
 
   Case(int n, int h, int d, int w, float c, uint64_t seed) : count(n), heads(h), dim(d), window(w), stride(h * d + 16), cap(c) {
     Random random(seed);
     q = random.floats(size_t(n * stride));
-    for (Floats* rows : {&k, &v}) {  // bf16 values, so that both kinds of pages hold the same
+    for (Floats* rows : {&k, &v}) {  // what all kinds of pages can hold: a whole number below 128 times a power of two
       *rows = random.floats(size_t(n * d));
-      for (float& x : *rows) x = bf16_to_float(float_to_bf16(x));
+      for (size_t i = 0; i < rows->size(); i++) (*rows)[i] = std::round((*rows)[i] * 127) * step(int(i) / d);
     }
-    const size_t pages = size_t((n + kPageTokens - 1) / kPageTokens), size = size_t(kPageTokens * d);
-    wide_k.assign(pages, Floats(size, NAN));
-    wide_v = wide_k;
-    low_k.assign(pages, std::vector<bf16>(size, float_to_bf16(NAN)));
-    low_v = low_k;
+    const size_t values = size_t(kPageTokens * d);
+    for (Pages kind : kPages) {
+      std::vector<uint8_t> page(values * 4);
+      for (size_t i = 0; i < values; i++) {
+        if (kind == kF32) std::memcpy(page.data() + 4 * i, &kNan, 4);
+        if (kind == kBf16) reinterpret_cast<bf16*>(page.data())[i] = float_to_bf16(NAN);
+      }
+      if (kind == kInt8)
+        for (int slot = 0; slot < kPageTokens; slot++) scale(page, slot) = NAN;
+      key_pages[kind].assign(size_t((n + kPageTokens - 1) / kPageTokens), page);
+      value_pages[kind] = key_pages[kind];
+    }
     for (int p = 0; p < n; p++)
       for (int i = 0; i < d; i++) put(p, i);
   }
 
+  static constexpr float kNan = NAN;
+  static float step(int position) { return 1.0f / float(64 << position % 3); }
+
+  float& scale(std::vector<uint8_t>& page, int slot) const {
+    return reinterpret_cast<float*>(page.data() + size_t(kPageTokens * dim))[slot];
+  }
+
   void put(int position, int i) {
-    const size_t page = size_t(position / kPageTokens), slot = size_t(position % kPageTokens), at = size_t(position * dim + i);
-    const size_t block = slot / 16 * 16 * size_t(dim), lane = slot % 16;
-    wide_k[page][block + 16 * size_t(i) + lane] = k[at];
-    low_k[page][block + 16 * size_t(i / 2 * 2) + 2 * lane + size_t(i % 2)] = float_to_bf16(k[at]);
-    wide_v[page][slot * size_t(dim) + size_t(i)] = v[at];
-    low_v[page][slot * size_t(dim) + size_t(i)] = float_to_bf16(v[at]);
+    const size_t page = size_t(position / kPageTokens), at = size_t(position * dim + i);
+    const int slot = position % kPageTokens;
+    const size_t block = size_t(slot / 16 * 16 * dim), lane = size_t(slot % 16), value = size_t(slot * dim + i);
+    const size_t paired = block + 16 * size_t(i / 2 * 2) + 2 * lane + size_t(i % 2), key = block + 16 * size_t(i) + lane;
+    reinterpret_cast<float*>(key_pages[kF32][page].data())[key] = k[at];
+    reinterpret_cast<float*>(value_pages[kF32][page].data())[value] = v[at];
+    reinterpret_cast<bf16*>(key_pages[kBf16][page].data())[paired] = float_to_bf16(k[at]);
+    reinterpret_cast<bf16*>(value_pages[kBf16][page].data())[value] = float_to_bf16(v[at]);
+    put_int8(key_pages[kInt8][page], slot, k[at], step(position), key);
+    put_int8(value_pages[kInt8][page], slot, v[at], step(position), value);
+  }
+
+  void put_int8(std::vector<uint8_t>& page, int slot, float x, float step, size_t at) const {
+    page[at] = std::isfinite(x) ? uint8_t(int8_t(x / step)) : 0;
+    scale(page, slot) = std::isfinite(x) ? step : NAN;
   }
 
   int start(int position) const { return window && position >= window ? position - window + 1 : 0; }
 
-  template <class T>
-  static std::vector<const uint8_t*> addresses(const std::vector<std::vector<T>>& pages) {
+  static std::vector<const uint8_t*> addresses(const std::vector<std::vector<uint8_t>>& pages) {
     std::vector<const uint8_t*> found;
-    for (const auto& page : pages) found.push_back(reinterpret_cast<const uint8_t*>(page.data()));
+    for (const auto& page : pages) found.push_back(page.data());
     return found;
   }
 
   // Rows [first, first + rows) into out[count][stride] and lse[count][heads + 1].
-  void run(const Kernels& kernels, bool wide, int first, int rows, Floats& out, Floats& lse) const {
-    const auto keys = wide ? addresses(wide_k) : addresses(low_k), values = wide ? addresses(wide_v) : addresses(low_v);
+  void run(const Kernels& kernels, Pages kind, int first, int rows, Floats& out, Floats& lse) const {
+    const auto keys = addresses(key_pages[kind]), values = addresses(value_pages[kind]);
     Floats scratch(size_t(rows * heads * round_up(first + rows, 16)), NAN);
     AttendArgs a;
     a.q = q.data() + first * stride;
@@ -70,7 +95,7 @@ struct Case {
     a.lse = lse.data() + first * (heads + 1);
     a.lse_stride = heads + 1;
     a.scratch = scratch.data();
-    (wide ? kernels.attend_f32 : kernels.attend_bf16)(a);
+    (kind == kF32 ? kernels.attend_f32 : kind == kBf16 ? kernels.attend_bf16 : kernels.attend_int8)(a);
   }
 };
 
@@ -141,9 +166,9 @@ TEST("attend: against double, over page borders, with windows; slots that hold n
   for (const Shape& s : kShapes) {
     const Case c(s.count, s.heads, s.dim, s.window, s.cap, ++seed);
     for_levels([&](const Kernels& k) {
-      for (bool wide : {true, false}) {
+      for (Pages kind : kPages) {
         Floats out(c.q.size(), 7.0f), lse(size_t(s.count * (s.heads + 1)), 7.0f);
-        c.run(k, wide, 0, s.count, out, lse);
+        c.run(k, kind, 0, s.count, out, lse);
         check_forward(c, out, lse);
         for (int p = 0; p < s.count; p++)
           CHECK(out[size_t(p * c.stride + s.heads * s.dim)] == 7 && lse[size_t(p * (s.heads + 1) + s.heads)] == 7,
@@ -157,13 +182,13 @@ TEST("attend: a row's bits do not depend on the chunk it is computed in") {
   for (const Shape& s : {Shape{131, 3, 16, 0}, Shape{90, 5, 16, 9}, Shape{90, 3, 16, 21, 1.5f}}) {
     const Case c(s.count, s.heads, s.dim, s.window, s.cap, 110);
     for_levels([&](const Kernels& k) {
-      for (bool wide : {true, false}) {
+      for (Pages kind : kPages) {
         Floats whole(c.q.size()), whole_lse(size_t(s.count * (s.heads + 1)));
-        c.run(k, wide, 0, s.count, whole, whole_lse);
+        c.run(k, kind, 0, s.count, whole, whole_lse);
         for (int chunk : {1, 2, 3, 7, 16, 17, 64}) {
           Floats out(whole.size()), lse(whole_lse.size());
           for (int first = 0; first < s.count; first += chunk)
-            c.run(k, wide, first, s.count - first < chunk ? s.count - first : chunk, out, lse);
+            c.run(k, kind, first, s.count - first < chunk ? s.count - first : chunk, out, lse);
           CHECK(same_bits(out, whole) && same_bits(lse, whole_lse), "chunks of %d rows", chunk);
         }
       }
@@ -180,9 +205,9 @@ TEST("attend: a NaN or infinite key or value makes every later row NaN") {
         for (int h = 0; h < 2; h++)
           for (int p = 0; p < 40; p++) c.q[size_t(p * c.stride + h * 16 + 3)] = 0.5f;  // +inf, not -inf, as a score
         c.put(10, 3);
-        for (bool wide : {true, false}) {
+        for (Pages kind : kPages) {
           Floats out(c.q.size()), lse(40 * 3);
-          c.run(k, wide, 0, 40, out, lse);
+          c.run(k, kind, 0, 40, out, lse);
           for (int p = 10; p < 40; p++)
             for (int h = 0; h < 2; h++)
               CHECK(!std::isfinite(out[size_t(p * c.stride + h * 16 + 3)]), "row %d: %g", p,
@@ -249,7 +274,7 @@ void check_backward(const Shape& s, int before, uint64_t seed) {
   const Gradients exact(c, d_out, 0.25, before);
   for_levels([&](const Kernels& k) {
     Floats out(c.q.size()), lse(size_t(s.count * (s.heads + 1)));
-    c.run(k, true, 0, s.count, out, lse);
+    c.run(k, kF32, 0, s.count, out, lse);
     Floats dq(c.q.size()), dk(size_t(round_up(s.count, 8) * s.dim)), dv(dk.size());
     Floats scratch(size_t(attend_backward_scratch(s.count, s.heads, s.dim)), NAN);
     const int own = before * c.stride;

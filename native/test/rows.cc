@@ -61,6 +61,29 @@ TEST("rows: quantize is its definition, with the same integers at every level") 
   });
 }
 
+TEST("rows: to_int8 is its definition, with the same bits at every level; NaN and infinity make the scale NaN") {
+  for (int count : {16, 32, 64, 80, 512})
+    for (float size : {0.0f, 1e-38f, 1e-3f, 1.0f, 1e30f}) {
+      Floats x = Random(uint64_t(count) + 5).floats(size_t(count), -size, size);
+      float peak = 0;
+      for (float value : x) peak = std::fmax(peak, std::fabs(value));
+      for_levels([&](const Kernels& k) {
+        std::vector<int8_t> found(size_t(count), 1);
+        CHECK(k.to_int8(x.data(), count, found.data()) == peak / 127, "scale of %d values up to %g", count, double(peak));
+        const float factor = peak > 1e-30f ? 127 / peak : 0;
+        for (int i = 0; i < count; i++)
+          CHECK(found[size_t(i)] == int(std::nearbyint(x[size_t(i)] * factor)), "[%d] of %g: %d", i, double(x[size_t(i)]),
+                found[size_t(i)]);
+        for (float bad : {NAN, INFINITY, -INFINITY})
+          for (int at : {0, 7, count - 1}) {
+            Floats broken = x;
+            broken[size_t(at)] = bad;
+            CHECK(std::isnan(k.to_int8(broken.data(), count, found.data())), "%g at %d goes unseen", double(bad), at);
+          }
+      });
+    }
+}
+
 TEST("rows: quantize makes a block with NaN or infinity NaN, wherever it stands, and takes subnormal peaks for zero") {
   for_levels([](const Kernels& k) {
     for (int digits : {1, 2}) {

@@ -163,7 +163,7 @@ Floats logits(Model& model, Mode mode, const Batch& batch) {
   Engine& e = model.engine;
   std::vector<int> kv_heads;
   for (const Layer& layer : e.layers) kv_heads.push_back(layer.kv_heads);
-  KvCache cache(e.dims, kv_heads, mode == Mode::f32);
+  KvCache cache(e.dims, kv_heads, mode == Mode::f32 ? KvType::f32 : KvType::bf16);
   cache.reserve(int(batch.page_tables.size()));
   Floats x = embedded(model, batch.rows);
   for (int layer = 0; layer < e.dims.layers; layer++) {

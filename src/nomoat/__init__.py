@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = ["Adapter", "Model", "__version__", "evaluate", "load", "train"]
 
 if TYPE_CHECKING:
+    from nomoat.engine.kv import KvType
     from nomoat.engine.model import Model
     from nomoat.engine.stack import Adapter
     from nomoat.evals.run import evaluate
@@ -29,15 +30,17 @@ _PUBLIC = {
 }
 
 
-def load(name: str, *, threads: int | None = None) -> Model:
+def load(name: str, *, threads: int | None = None, kv_type: KvType = "bf16") -> Model:
     """Load a model by catalogue name, path or store name (`smollm2:135m`, `./model.gguf`, `ollama:NAME`).
+
+    `kv_type="int8"` halves the memory of keys and values, see `Model.load`.
 
     Raises NotFoundError for a name that resolves to nothing, and FileFormatError or ModelError for a file that cannot be used.
     """
     from nomoat.engine.model import Model
     from nomoat.hub.names import resolve
 
-    return Model.load(resolve(name), threads=threads)
+    return Model.load(resolve(name), threads=threads, kv_type=kv_type)
 
 
 def __getattr__(name: str) -> object:

@@ -4,6 +4,7 @@ NOMOAT_HOME     one folder for everything nomoat writes (default: the platform's
 NOMOAT_CPU      force a CPU level: scalar, avx2, avx2_vnni, avx512, neon
 NOMOAT_THREADS  worker threads (default: the physical cores this process may use)
 NOMOAT_OFFLINE  1 = never open a socket (same as --offline)
+NOMOAT_CACHE_GB packed weights kept in the cache folder, in GB (default: 50)
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ HOME_VARIABLE = "NOMOAT_HOME"
 CPU_VARIABLE = "NOMOAT_CPU"
 THREADS_VARIABLE = "NOMOAT_THREADS"
 OFFLINE_VARIABLE = "NOMOAT_OFFLINE"
+CACHE_VARIABLE = "NOMOAT_CACHE_GB"
+
+#: GB of packed weights that stay in the cache folder beside those in use.
+PACKED_GB = 50.0
 
 
 def data_dir() -> Path:
@@ -35,6 +40,20 @@ def cache_dir() -> Path:
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("nomoat", appauthor=False))
+
+
+def packed_limit() -> int:
+    """Bytes of packed weights that the cache folder may hold; what is in use stays beyond it."""
+    wanted = os.environ.get(CACHE_VARIABLE)
+    try:
+        gigabytes = PACKED_GB if not wanted else float(wanted)
+    except ValueError:
+        gigabytes = -1.0
+    if not 0 <= gigabytes <= 1e6:  # also refuses NaN
+        from nomoat.errors import InputError
+
+        raise InputError(f"{CACHE_VARIABLE}={wanted!r}: expected gigabytes from 0 to 1000000")
+    return int(gigabytes * 1e9)
 
 
 def models_dir() -> Path:

@@ -10,6 +10,7 @@ from nomoat.adapters.store import resolve as resolve_adapter
 from nomoat.hub.names import resolve
 
 if TYPE_CHECKING:
+    from nomoat.engine.kv import KvType
     from nomoat.engine.model import Model
     from nomoat.engine.stack import Stack
 
@@ -19,6 +20,7 @@ def open_model(
     *,
     download: bool = False,
     threads: int | None = None,
+    kv_type: KvType = "bf16",
     larger_than_memory: bool = False,
     tell: Callable[[str], None] | None = None,
 ) -> tuple[Model, Stack | None]:
@@ -40,7 +42,7 @@ def open_model(
         if slow and tell:
             tell(slow)
 
-    model = Model.load(resolve(base, download=download), threads=threads, admit=admit)
+    model = Model.load(resolve(base, download=download), threads=threads, kv_type=kv_type, admit=admit)
     return model, stack_for(model, name)
 
 

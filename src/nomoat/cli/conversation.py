@@ -48,7 +48,15 @@ class Timing:
 class Conversation:
     """Keeps what was said. What an earlier turn has in the KV cache is not computed again."""
 
-    def __init__(self, model: Model, sampling: Sampling, *, stack: Stack | None = None, system: str | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        sampling: Sampling,
+        *,
+        stack: Stack | None = None,
+        draft: Model | None = None,
+        system: str | None = None,
+    ) -> None:
         from nomoat.engine.generate import Session
 
         self.model = model
@@ -57,7 +65,7 @@ class Conversation:
         self.system = system
         self.messages: list[dict[str, str]] = []
         self.timing = Timing()
-        self._session = Session(model, stack=stack)
+        self._session = Session(model, stack=stack, draft=draft)
         self.clear()
 
     def clear(self) -> None:

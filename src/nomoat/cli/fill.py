@@ -48,10 +48,11 @@ def read_gap(file: str, suffix: str | None) -> tuple[str, str]:
 class Filler:
     """Fills gaps with a code model; `timing` is of the last one."""
 
-    def __init__(self, model: Model, sampling: Sampling, *, stack: Stack | None = None) -> None:
+    def __init__(self, model: Model, sampling: Sampling, *, stack: Stack | None = None, draft: Model | None = None) -> None:
         self.model = model
         self.sampling = sampling
         self.stack = stack
+        self.draft = draft
         self.timing = Timing()
 
     def fill(self, prefix: str, suffix: str) -> Iterator[str]:
@@ -64,4 +65,4 @@ class Filler:
         ends = fim.ends if fim is not None else frozenset()
         self.timing = Timing()
         sampling = replace(self.sampling, stop_tokens=ends, continues=True)
-        return timed(Session(self.model, stack=self.stack), prompt, sampling, self.timing)
+        return timed(Session(self.model, stack=self.stack, draft=self.draft), prompt, sampling, self.timing)

@@ -7,8 +7,14 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+from nomoat.cli.memory import kv_type
+
+if TYPE_CHECKING:
+    from nomoat.engine.kv import KvType
 
 SAMPLE = 200  # rows whose tokens are counted; the others are taken to be like them
 
@@ -18,11 +24,19 @@ SAMPLE = 200  # rows whose tokens are counted; the others are taken to be like t
 @click.option("--data", type=click.Path(path_type=Path), metavar="ROWS", help="Training rows: says how long they would take.")
 @click.option("--epochs", type=click.FloatRange(0, 1000, min_open=True), default=1.0, show_default=True, help="Passes over ROWS.")
 @click.option("--context", type=click.IntRange(1), metavar="N", help="Tokens of a chat. [default: the model's, at most 4,096]")
+@kv_type
 @click.option("--rank", type=click.IntRange(1, 1024), default=16, show_default=True, help="Rank of the adapter.")
 @click.option("--batch-tokens", type=click.IntRange(1), default=2048, show_default=True, help="Tokens of one training step.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
-    model: str, data: Path | None, epochs: float, context: int | None, rank: int, batch_tokens: int, as_json: bool
+    model: str,
+    data: Path | None,
+    epochs: float,
+    context: int | None,
+    kv_type: KvType,
+    rank: int,
+    batch_tokens: int,
+    as_json: bool,
 ) -> None:
     """Say whether MODEL fits this machine, for chat and for training. Nothing is loaded.
 
@@ -43,6 +57,7 @@ def command(
         found.size,
         this_machine(settings.data_dir(), settings.threads()),
         context=context,
+        kv_type=kv_type,
         batch_tokens=batch_tokens,
         rank=rank,
         data_tokens=None if rows is None else rows.tokens,

@@ -1,4 +1,4 @@
-"""`--larger-than-memory`, and how `run` and `eval` say that weights will be slow for lack of memory."""
+"""`--kv-type`, `--larger-than-memory`, and how `run` and `eval` say that weights will be slow for lack of memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ import click
 
 larger_than_memory = click.option(
     "--larger-than-memory", is_flag=True, help="Go on where the weights exceed the memory of this machine; slow."
+)
+
+kv_type = click.option(
+    "--kv-type",
+    type=click.Choice(["bf16", "int8"]),
+    default="bf16",
+    show_default=True,
+    help="What keys and values are kept in; int8 takes half the memory.",
 )
 
 

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nomoat.cli.memory import larger_than_memory, say
+from nomoat.cli.memory import kv_type, larger_than_memory, say
 from nomoat.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from nomoat.cli.conversation import Timing
+    from nomoat.engine.kv import KvType
+    from nomoat.engine.model import Model
 
 #: Characters read from a pipe: far more than any context holds, and a bound on memory.
 MAX_STDIN = 16 << 20
@@ -40,6 +42,8 @@ MAX_STDIN = 16 << 20
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="Same seed, same answer. [default: a new one each time]")
 @click.option("--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Longest answer.")
 @click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be repeated.")
+@click.option("--draft", metavar="MODEL", help="A smaller model of the same vocabulary that guesses ahead; same answers.")
+@kv_type
 @larger_than_memory
 @click.option(
     "--fim",
@@ -62,6 +66,8 @@ def command(
     seed: int | None,
     max_tokens: int,
     stop: tuple[str, ...],
+    draft: str | None,
+    kv_type: KvType,
     larger_than_memory: bool,
     fim: str | None,
     suffix: str | None,
@@ -91,11 +97,11 @@ def command(
     from nomoat.engine.generate import Sampling
 
     fetch_missing(model)
-    opened, stack = open_model(model, larger_than_memory=larger_than_memory, tell=say)
+    opened, stack = open_model(model, kv_type=kv_type, larger_than_memory=larger_than_memory, tell=say)
+    guesser = _draft(draft, kv_type, larger_than_memory)
     if temperature is None:
         temperature = 0.7 if stack is None and gap is None else 0.0
-    if seed is None:
-        seed = int.from_bytes(os.urandom(4)) >> 1
+    seed = int.from_bytes(os.urandom(4)) >> 1 if seed is None else seed
     sampling = Sampling(
         temperature=temperature,
         top_k=top_k,
@@ -108,10 +114,10 @@ def command(
     )
     asked: Conversation | Filler
     if gap is not None:
-        asked = Filler(opened, sampling, stack=stack)
+        asked = Filler(opened, sampling, stack=stack, draft=guesser)
         answer = asked.fill(*gap)
     else:
-        asked = Conversation(opened, sampling, stack=stack, system=system)
+        asked = Conversation(opened, sampling, stack=stack, draft=guesser, system=system)
         if question is None:
             from nomoat.cli.chat import start
             from nomoat.settings import history_file
@@ -127,6 +133,19 @@ def command(
         _print_text(answer)
         if stats:
             click.echo(asked.timing.line(), err=True)
+
+
+def _draft(name: str | None, kv_type: KvType, larger_than_memory: bool) -> Model | None:
+    if name is None:
+        return None
+    from nomoat.adapters.open import open_model
+    from nomoat.cli.fetch import fetch_missing
+
+    fetch_missing(name)
+    model, stack = open_model(name, kv_type=kv_type, larger_than_memory=larger_than_memory, tell=say)
+    if stack is not None:
+        raise InputError(f"--draft {name}: a draft model runs without adapters; name the model alone")
+    return model
 
 
 def _gap(fim: str | None, suffix: str | None, prompt: tuple[str, ...], system: str | None) -> tuple[str, str] | None:

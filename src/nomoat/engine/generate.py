@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Generator
 from collections.abc import Sequence as SequenceOf
@@ -13,7 +14,7 @@ import numpy as np
 from nomoat import _native
 from nomoat.engine.kv import Sequence
 from nomoat.engine.model import FORWARD_ROWS, Float32, Model
-from nomoat.engine.speculate import PromptLookup
+from nomoat.engine.speculate import Draft, PromptLookup
 from nomoat.engine.stack import Stack
 from nomoat.errors import InputError, NonFiniteError
 from nomoat.text.stream import StreamDecoder
@@ -67,6 +68,24 @@ class Sampling:
             raise InputError("a stop string is empty; it would end every answer at once", code="E_LIMIT")
 
 
+def choose_token(s: Sampling, logits: Float32, said: SequenceOf[int]) -> int:
+    """The token after an answer's `said`. The draw depends on the seed and its place only, never on what else is in the batch."""
+    return _native.sample(
+        logits,
+        len(logits),
+        s.temperature,
+        s.top_k,
+        s.top_p,
+        s.min_p,
+        s.repetition_penalty,
+        s.presence_penalty,
+        s.frequency_penalty,
+        s.seed,
+        len(said),
+        np.asarray(said, np.int32),
+    )
+
+
 @dataclass(frozen=True)
 class Completion:
     """`text` is what a person sees; `tokens` are all that were generated, the end token included."""
@@ -85,6 +104,7 @@ class _Answer:
     prompt: list[int]
     sampling: Sampling
     stack: Stack | None
+    draft: Draft | None = None
     sequence: Sequence = field(default_factory=Sequence)
     tokens: list[int] = field(default_factory=list)
     text: str = ""
@@ -104,6 +124,9 @@ class _Answer:
         self.limit = min(self.sampling.max_tokens, room)
         self.decoder = StreamDecoder(self.model.tokenizer, continues=self.sampling.continues)
         self.lookup = PromptLookup(self.prompt) if self.sampling.speculate else None
+        if not self.sampling.speculate:
+            self.draft = None
+        self.guesser: PromptLookup | Draft | None = None  # who made the latest guesses
 
     def pending(self) -> list[int]:
         """Tokens that the model has not seen yet."""
@@ -111,8 +134,16 @@ class _Answer:
 
     def guess(self, rows: int) -> list[int]:
         """At most `rows` tokens that may follow, none that could not be part of the answer."""
-        left = self.limit - len(self.tokens) - 1
-        return self.lookup.guess(min(rows, left)) if self.lookup is not None and self.tokens and left > 0 else []
+        rows = min(rows, self.limit - len(self.tokens) - 1)
+        if self.lookup is None or not self.tokens or rows <= 0:
+            return []
+        self.guesser = self.lookup
+        guessed = self.lookup.guess(rows)
+        if not guessed and self.draft is not None:  # what repeats costs nothing to guess, a model costs its steps
+            self.guesser = self.draft
+            choose = functools.partial(choose_token, self.sampling)
+            guessed = self.draft.guess(self.prompt, self.tokens, rows, choose)
+        return guessed
 
     def take_all(self, logits: Float32, guessed: list[int]) -> None:
         """Takes a token from each row of logits for as long as the row before it had the right input."""
@@ -122,28 +153,13 @@ class _Answer:
                 break
         if self.lookup is not None:
             self.lookup.extend(self.tokens[-right - 1 :])
-            if guessed:
-                self.lookup.judged(len(guessed), right)
+        if self.guesser is not None and guessed:
+            self.guesser.judged(len(guessed), right)
 
     def take(self, logits: Float32) -> None:
         """Chooses the next token from a row of logits and decides whether the answer ends."""
         s = self.sampling
-        recent = np.asarray(self.tokens, np.int32)
-        # the drawn token depends on the seed and its place only, never on what else is in the batch
-        token = _native.sample(
-            logits,
-            self.model.spec.vocab,
-            s.temperature,
-            s.top_k,
-            s.top_p,
-            s.min_p,
-            s.repetition_penalty,
-            s.presence_penalty,
-            s.frequency_penalty,
-            s.seed,
-            len(self.tokens),
-            recent,
-        )
+        token = choose_token(s, logits, self.tokens)
         if not np.isfinite(logits[token]):
             raise NonFiniteError("the model's logits are NaN or infinite")
         self.tokens.append(token)
@@ -177,6 +193,12 @@ class _Answer:
         self.given = max(self.given, end)
         return piece
 
+    def release(self) -> None:
+        """Gives the cache pages back."""
+        self.model.pool().cut(self.sequence, 0)
+        if self.draft is not None:
+            self.draft.release()
+
     def completion(self) -> Completion:
         return Completion(self.tokens, self.text, self.finish or "length", len(self.prompt))
 
@@ -187,23 +209,25 @@ def generate(
     sampling: Sampling | SequenceOf[Sampling],
     *,
     stacks: SequenceOf[Stack | None] | None = None,
+    draft: Model | None = None,
     max_batch: int = 16,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Completion]:
     """Answers every prompt; up to `max_batch` are in flight, each with its own adapters. `progress(done, total)`.
 
     `sampling` is one for all, or one for each prompt: with the same seed, places in different answers draw the same number.
-    Raises InputError for an empty prompt or one that fills the context, NonFiniteError for a model that computes NaN.
+    `draft` is a smaller model of the same vocabulary that guesses tokens; it changes the speed, never the answers.
+    Raises InputError for an empty prompt or one that fills the context, ModelError for a draft of another vocabulary,
+    NonFiniteError for a model that computes NaN.
     """
     samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
     answers = [
-        _Answer(model, list(prompt), each, stack)
+        _Answer(model, list(prompt), each, stack, Draft(draft, model) if draft is not None else None)
         for prompt, each, stack in zip(prompts, samplings, stacks or [None] * len(prompts), strict=True)
     ]
     waiting = iter(answers)
     active: list[_Answer] = []
     done = 0
-    pool = model.pool()
     try:
         while True:
             active += itertools.islice(waiting, max(1, max_batch) - len(active))
@@ -212,13 +236,13 @@ def generate(
             _step(model, active)
             for answer in [answer for answer in active if answer.finish is not None]:
                 active.remove(answer)
-                pool.cut(answer.sequence, 0)
+                answer.release()
                 done += 1
                 if progress:
                     progress(done, len(answers))
     finally:
         for answer in active:
-            pool.cut(answer.sequence, 0)
+            answer.release()
 
 
 def _step(model: Model, active: list[_Answer]) -> None:
@@ -258,13 +282,16 @@ def _step(model: Model, active: list[_Answer]) -> None:
 class Session:
     """Keys and values kept between the turns of one conversation. Release it when the conversation is over."""
 
-    def __init__(self, model: Model, *, stack: Stack | None = None) -> None:
+    def __init__(self, model: Model, *, stack: Stack | None = None, draft: Model | None = None) -> None:
         self.model, self.stack = model, stack
         self.sequence = Sequence()
+        self.draft = Draft(draft, model) if draft is not None else None
 
     def release(self) -> None:
         """Gives the cache pages back."""
         self.model.pool().cut(self.sequence, 0)
+        if self.draft is not None:
+            self.draft.release()
 
 
 def stream(
@@ -279,7 +306,7 @@ def stream(
 
     The generator's return value is the Completion. Raises as `generate` does.
     """
-    answer = _Answer(model, list(prompt), sampling, stack)
+    answer = _Answer(model, list(prompt), sampling, stack, session.draft if session is not None else None)
     pool = model.pool()
     if session is not None:
         if session.stack is not stack:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from nomoat import _native
 
 PAGE_TOKENS = _native.PAGE_TOKENS
+
+#: What a model keeps keys and values in. int8: 8 bits and one scale for each key and value of a head, half of bf16's memory.
+KvType = Literal["bf16", "int8"]
+KV_TYPES: tuple[KvType, ...] = ("bf16", "int8")
 
 
 @dataclass
@@ -20,8 +25,8 @@ class Sequence:
 class KvPool:
     """Pages shared by sequences; the memory grows with the most pages ever in use."""
 
-    def __init__(self, engine: _native.Engine, *, f32: bool = False) -> None:
-        self.native = _native.KvCache(engine, f32)
+    def __init__(self, engine: _native.Engine, type: Literal["bf16", "int8", "f32"] = "bf16") -> None:
+        self.native = _native.KvCache(engine, type)
         self._free: list[int] = []
         self._made = 0
 

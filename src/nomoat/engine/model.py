@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from nomoat import _native, settings
 from nomoat.engine import kv
-from nomoat.engine.kv import KvPool
+from nomoat.engine.kv import KV_TYPES, KvPool, KvType
 from nomoat.engine.lora import TrainableLora, native_set
 from nomoat.engine.stack import Stack
 from nomoat.engine.weights import PackedTensor, Weights, load_weights, read_spec
@@ -58,12 +58,18 @@ class Model:
     """A loaded model. One call at a time: the native engine owns one set of scratch memory."""
 
     def __init__(
-        self, path: Path, spec: ModelSpec, weights: Weights, tokenizer: Tokenizer, template: ChatTemplate | None
+        self,
+        path: Path,
+        spec: ModelSpec,
+        weights: Weights,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        kv_type: KvType = "bf16",
     ) -> None:
         self.path, self.spec, self.tokenizer, self.template = path, spec, tokenizer, template
-        self.weights = weights
+        self.weights, self.kv_type = weights, kv_type
         self._engine = _build_engine(spec, weights)
-        self._pools: dict[bool, KvPool] = {}
+        self._pools: dict[str, KvPool] = {}
         self._tapes: dict[str, _native.Tape] = {}
 
     @classmethod
@@ -74,27 +80,31 @@ class Model:
         threads: int | None = None,
         quantize: str = "Q8_0",
         context: int | None = None,
+        kv_type: KvType = "bf16",
         progress: Callable[[int, int], None] | None = None,
         admit: Callable[[int], None] | None = None,
     ) -> Model:
         """Opens a GGUF file or a Hugging Face folder (quantized to `quantize`: Q8_0, Q4_K, none).
 
-        `context` is how many tokens it will run with, by default all that it was trained for; see `spec_from_gguf`. `admit` is
+        `context` is how many tokens it will run with, by default all that it was trained for; see `spec_from_gguf`. `kv_type`
+        is what keys and values are kept in: "int8" takes half the memory of "bf16" (docs/concepts/precision.md). `admit` is
         asked with the bytes of the packed weights before they are read.
 
-        Raises ModelError, FileFormatError, NotFoundError, ResourceError, and what `admit` raises.
+        Raises InputError, ModelError, FileFormatError, NotFoundError, ResourceError, and what `admit` raises.
         """
         path = Path(path)
+        if kv_type not in KV_TYPES:
+            raise InputError(f"kv_type = {kv_type!r}; expected one of {', '.join(KV_TYPES)}")
         _configure(threads)
         with _no_collection():
             spec = read_spec(path, context=context)
             weights = load_weights(path, spec, quantize=quantize, progress=progress, admit=admit)
             if path.is_dir():
                 tokenizer = Tokenizer.from_folder(path)
-                return cls(path, spec, weights, tokenizer, template_for(path, tokenizer))
+                return cls(path, spec, weights, tokenizer, template_for(path, tokenizer), kv_type)
             with open_gguf(path) as file:
                 tokenizer = Tokenizer.from_gguf(file)
-                return cls(path, spec, weights, tokenizer, template_for(file, tokenizer))
+                return cls(path, spec, weights, tokenizer, template_for(file, tokenizer), kv_type)
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -120,11 +130,11 @@ class Model:
     # ---- forward -------------------------------------------------------------------------------------------------------
 
     def pool(self, precision: str = "int8") -> KvPool:
-        """The key/value pages of a precision: float32 for "f32", else bf16."""
-        f32 = precision == "f32"
-        if f32 not in self._pools:
-            self._pools[f32] = KvPool(self._engine, f32=f32)
-        return self._pools[f32]
+        """The key/value pages of a precision: float32 for "f32", the model's `kv_type` for "int8", else bf16."""
+        if precision not in self._pools:
+            type = "f32" if precision == "f32" else self.kv_type if precision == "int8" else "bf16"
+            self._pools[precision] = KvPool(self._engine, type)
+        return self._pools[precision]
 
     def forward(self, segments: Sequence[tuple[kv.Sequence, Sequence[int], Stack | None]], *, precision: str = "int8") -> Float32:
         """Runs new tokens of several sequences, appends them to the cache, returns hidden rows [M, width padded to 32].

@@ -8,12 +8,22 @@ the answer is the one without guessing, token by token, greedy or sampled.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as SequenceOf
+from typing import TYPE_CHECKING
+
+from nomoat.engine.kv import Sequence
+from nomoat.errors import ModelError, printable
+
+if TYPE_CHECKING:
+    from nomoat.engine.model import Float32, Model
 
 #: Tokens that must repeat before a guess is made. Two match by chance too often: every wrong guess is a row for nothing.
 MATCH = 3
 #: Most tokens guessed at once. A decode step of one row waits for memory, and further rows cost about a quarter of it each.
 LONGEST = 12
+#: Most tokens guessed at once by a draft model, each of which is one of its steps.
+LONGEST_DRAFT = 8
 
 
 class PromptLookup:
@@ -43,3 +53,53 @@ class PromptLookup:
     def judged(self, guessed: int, right: int) -> None:
         """Takes note of how many of the tokens guessed last were right."""
         self._length = min(2 * self._length, LONGEST) if right == guessed else max(1, right)
+
+
+class Draft:
+    """Guesses what a smaller model of the same vocabulary would say, with the draws that the answer itself will use.
+
+    One belongs to one answer, or to one conversation: what the draft model has seen of it stays in its cache.
+    """
+
+    def __init__(self, model: Model, target: Model) -> None:
+        """Raises ModelError where the vocabularies differ."""
+        if model.tokenizer.vocab_hash() != target.tokenizer.vocab_hash():
+            raise ModelError(
+                f"the draft model {printable(model.spec.name)} has another vocabulary ({model.spec.vocab:,} tokens) than "
+                f"{printable(target.spec.name)} ({target.spec.vocab:,} tokens); take a smaller model of the same family",
+                code="E_TOKENIZER",
+            )
+        self.model = model
+        self._sequence = Sequence()
+        self._vocab = min(model.spec.vocab, target.spec.vocab)
+        self._length = 4
+
+    def guess(
+        self, prompt: list[int], said: list[int], limit: int, choose: Callable[[Float32, SequenceOf[int]], int]
+    ) -> list[int]:
+        """At most `limit` tokens that may follow `said`; `choose` takes one from logits and what was said before it."""
+        known, text = self._sequence.tokens, prompt + said
+        common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(known, text, strict=False)))
+        self.model.pool().cut(self._sequence, min(common, len(text) - 1))
+        limit = min(limit, self._length, self.model.spec.context - len(text) + 1)
+        guessed: list[int] = []
+        while len(guessed) < limit:
+            row = self._last_logits((text + guessed)[len(self._sequence.tokens) :])
+            guessed.append(choose(row[: self._vocab], said + guessed))
+        return guessed
+
+    def _last_logits(self, tokens: list[int]) -> Float32:
+        from nomoat.engine.model import FORWARD_ROWS
+
+        for begin in range(0, len(tokens), FORWARD_ROWS):
+            x = self.model.forward([(self._sequence, tokens[begin : begin + FORWARD_ROWS], None)])
+        logits: Float32 = self.model.head(x, [len(x) - 1])[0]
+        return logits
+
+    def judged(self, guessed: int, right: int) -> None:
+        """Takes note of how many of the tokens guessed last were right."""
+        self._length = min(self._length + 2, LONGEST_DRAFT) if right == guessed else max(1, right)
+
+    def release(self) -> None:
+        """Gives the cache pages back."""
+        self.model.pool().cut(self._sequence, 0)

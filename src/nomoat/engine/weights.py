@@ -8,6 +8,7 @@ header carries the source's sha256 and a checksum of every tensor. Whatever does
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -22,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nomoat import _native, settings
+from nomoat.engine import packs
 from nomoat.errors import InputError, ModelError, NomoatError
 from nomoat.files.atomic import atomic_write
 from nomoat.files.ggml import GgmlType
@@ -99,6 +101,7 @@ def load_weights(
         with atomic_write(cache) as out:
             _build(path, spec, wanted, sources, out, progress, admit)
         found = _open_cache(cache, wanted)
+        packs.trim(cache.parent, settings.packed_limit())
         if found is None:
             raise NomoatError(f"{cache}: the packed weights do not match what was just written; is the disk failing?")
     return found
@@ -131,6 +134,8 @@ def _open_cache(path: Path, wanted: dict[str, Any], admit: Admit | None = None) 
                 return None
             if admit:
                 admit(size)
+            with contextlib.suppress(OSError):  # a cache that may only be read, or a file system without locks
+                packs.hold(file)
             view = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
         tensors = {}
         for name, (format, rows, cols, begin, nbytes, checksum) in header["tensors"].items():

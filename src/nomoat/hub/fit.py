@@ -4,7 +4,7 @@ Letters: D width, H heads, Dh head size, K key/value heads, F ffn width, L layer
 
 Memory
     weights       file x 1.03                                       packed layout, docs/reference
-    KV            2 L K Dh x 2 bytes for each token of context      keys and values in bf16
+    KV            2 L K Dh x 2 bytes for each token of context      keys and values in bf16; in int8 2 L K (Dh + 4)
     activations   2 (2 D + 2 H Dh + 2 K Dh + 3 F) + 8 D bytes       for each token and layer that is kept for backward:
                   bf16 inputs of the linears, fp32 residual stream; 2 F without a gate, 3 D or 4 D with post-norms, F of all
                   experts that a token uses; a recomputed layer keeps its fp32 input, 4 D, alone
@@ -24,9 +24,13 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nomoat.errors import ResourceError
 from nomoat.models.spec import TARGETS, ModelSpec
+
+if TYPE_CHECKING:
+    from nomoat.engine.kv import KvType
 
 PACKED = 1.03  # packed size / file size
 PROCESS_BYTES = 150_000_000
@@ -86,9 +90,9 @@ def weight_bytes(file_bytes: int) -> int:
     return int(file_bytes * PACKED)
 
 
-def kv_bytes_per_token(spec: ModelSpec) -> int:
-    """Keys and values of one token in bf16."""
-    return 2 * 2 * spec.head_dim * sum(block.kv_heads for block in spec.blocks)
+def kv_bytes_per_token(spec: ModelSpec, kv_type: KvType = "bf16") -> int:
+    """Keys and values of one token; in int8 each has a float32 scale."""
+    return 2 * (spec.head_dim + 4 if kv_type == "int8" else 2 * spec.head_dim) * sum(block.kv_heads for block in spec.blocks)
 
 
 def activation_bytes_per_token(spec: ModelSpec, *, recompute: bool = False) -> int:
@@ -120,9 +124,9 @@ def train_bytes(spec: ModelSpec, file_bytes: int, batch_tokens: int, parameters:
     return weight_bytes(file_bytes) + kept + ADAPTER_STATE * parameters + PROCESS_BYTES
 
 
-def chat_bytes(spec: ModelSpec, file_bytes: int, context: int) -> int:
+def chat_bytes(spec: ModelSpec, file_bytes: int, context: int, kv_type: KvType = "bf16") -> int:
     """Peak memory of one conversation that fills `context` tokens."""
-    return weight_bytes(file_bytes) + context * kv_bytes_per_token(spec) + PROCESS_BYTES
+    return weight_bytes(file_bytes) + context * kv_bytes_per_token(spec, kv_type) + PROCESS_BYTES
 
 
 def train_flops_per_token(spec: ModelSpec, parameters: int, *, length: int = 512, loss_share: float = 1.0) -> float:
@@ -142,6 +146,7 @@ def estimate(
     machine: Machine,
     *,
     context: int | None = None,
+    kv_type: KvType = "bf16",
     batch_tokens: int = 2048,
     rank: int = 16,
     targets: Collection[str] = TARGETS,
@@ -164,13 +169,13 @@ def estimate(
     active = adapter_parameters(spec, rank, targets, active=True)
     flops = train_flops_per_token(spec, active, length=length, loss_share=loss_share)
     speed = TRAIN_EFFICIENCY * machine.bf16_flops / flops / (RECOMPUTE_COST if recompute else 1)
-    chatting = chat_bytes(spec, file_bytes, context)
+    chatting = chat_bytes(spec, file_bytes, context, kv_type)
     disk = download_bytes + weight_bytes(file_bytes) + 3 * ADAPTER_STATE * parameters  # packed cache, checkpoints, result
     seconds = None if data_tokens is None else data_tokens * epochs / speed
     read_bytes = weight_bytes(file_bytes) * spec.active_parameters() / spec.parameters()  # for one token of an answer
     return Fit(
         weights_bytes=weight_bytes(file_bytes),
-        kv_bytes=context * kv_bytes_per_token(spec),
+        kv_bytes=context * kv_bytes_per_token(spec, kv_type),
         chat_bytes=chatting,
         chat_fits=chatting <= limit,
         decode_tokens_per_second=DECODE_EFFICIENCY * machine.read_bandwidth / read_bytes,
