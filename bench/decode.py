@@ -65,7 +65,7 @@ def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     for work, found in summaries.items():
         sides = ", ".join(f"{name} {speed:,.0f}" for name, speed in found["tokens_per_second"].items())
         ratios = ", ".join(f"x {ratio:.2f} of {name}" for name, ratio in found["ratio"].items())
-        lines.append(f"{work:10} tokens/s: {sides}   ({ratios})")
+        lines.append(f"{work:10} tokens/s: {sides}" + (f"   ({ratios})" if ratios else ""))
     return "\n".join(lines)
 
 
