@@ -16,13 +16,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for bench.*, however this file is started
 
-from bench.peers.install import LLAMACPP_PYTHON, PEFT_PYTHON  # noqa: E402
+from bench.peers.install import IK_PYTHON, LLAMACPP_PYTHON, PEFT_PYTHON  # noqa: E402
 
-LLAMACPP, PEFT = (LLAMACPP_PYTHON, "python bench/peers/install.py"), (PEFT_PYTHON, "make parity")
+INSTALL = "python bench/peers/install.py"
+LLAMACPP, PEFT = (LLAMACPP_PYTHON, INSTALL), (PEFT_PYTHON, "make parity")
 #: name: (arguments, the peer's interpreter and what installs it)
 COMPARISONS: dict[str, tuple[list[str], tuple[Path, str] | None]] = {
     "quality": (["quality.py"], LLAMACPP),
-    "decode": (["decode.py"], LLAMACPP),
+    "decode": (["decode.py"], (IK_PYTHON, INSTALL)),
     "train-speed": (["train_vs_peft.py", "--speed-only"], PEFT),
     "train": (["train_vs_peft.py"], PEFT),
     "abilities": (["abilities.py"], None),

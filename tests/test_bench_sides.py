@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from bench import decode, machine, run
+from bench import decode, machine, run, speed_page
 from bench.peers.channel import Side, SideError, serve
 
 ECHO = "bench_echo_side"
@@ -90,12 +90,35 @@ class Fixed:
 
 def test_sides_take_turns_and_the_first_round_does_not_count() -> None:
     own, peer = Fixed([9, 9, 1, 1, 2, 2, 1, 1]), Fixed([9, 9, 4, 2, 4, 2, 4, 2])
-    speeds = decode.measure({"nomoat": own, "llama.cpp": peer}, rounds=3)  # type: ignore[dict-item]
+    speeds = decode.measure({"nomoat": own, "llama.cpp": peer}, rounds=3, works=["decode", "prefill"])  # type: ignore[dict-item]
     assert speeds["decode"] == {"nomoat": [64, 32, 64], "llama.cpp": [16, 16, 16]}
     found = {work: decode.summary(values) for work, values in speeds.items()}
     assert found["decode"] == {"tokens_per_second": {"nomoat": 64, "llama.cpp": 16}, "ratio": {"llama.cpp": 4}}
     assert found["prefill"]["ratio"] == {"llama.cpp": 2}
     assert "x 4.00 of llama.cpp" in decode.table(found)
+
+
+def test_figures_of_other_files_stay_and_the_page_shows_all(tmp_path: Path) -> None:
+    machine_ = {"cpu": "C", "level": "avx2", "threads": 2, "compiler": "GCC 12.2.0", "commit": "abc", "date": "2026-01-01"}
+    both = {"decode": decode.summary({"nomoat": [30.0], "llama.cpp": [10.0]})}
+    alone = {"streams-4": decode.summary({"ik_llama.cpp": [20.0]})}
+    first = {"work": both, "machine": machine_, "peers": {"llama.cpp": {"version": "1.2"}}}
+    machine.write("decode", decode.with_model("a.gguf", first, tmp_path), tmp_path)
+    found = decode.with_model("b.gguf", {"work": alone, "machine": machine_, "peers": {}}, tmp_path)
+    assert list(found["models"]) == ["a.gguf", "b.gguf"]
+    text = speed_page.page(found)
+    assert "| decode | 30.0 | 10.0 (x 3.00) |" in text
+    assert "| streams-4 | 20.0 |" in text
+    assert "llama.cpp by bindings 1.2." in text
+
+
+def test_every_number_of_streams_counts_all_its_tokens() -> None:
+    assert {name: tokens for name, (_, _, tokens) in decode.WORK.items() if name.startswith("streams")} == {
+        "streams-4": 64,
+        "streams-8": 128,
+        "streams-16": 256,
+        "streams-32": 512,
+    }
 
 
 def test_a_missing_peer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

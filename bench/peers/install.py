@@ -1,6 +1,10 @@
-"""Creates build/peers: an environment with llama-cpp-python, compiled from its source distribution for this machine.
+"""Creates the peers' environments under build/, compiled for this machine: one each, because both bring a `libllama`.
 
-    python bench/peers/install.py [--jobs N]
+    python bench/peers/install.py [--only llama.cpp ik_llama.cpp server] [--jobs N] [--folder build/peers]
+
+build/peers         llama.cpp by llama-cpp-python, from its source distribution
+build/peers-ik      ik_llama.cpp by ik-llama-cpp-python, from its source distribution
+build/peers-server  llama.cpp's server by xllamacpp, a wheel that chooses the processor's code as it starts
 
 The peers of training (torch, transformers, PEFT) live in .parity; `make parity` creates it.
 """
@@ -11,26 +15,54 @@ import argparse
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "peers"
-LLAMACPP_PYTHON = FOLDER / "bin" / "python"
 PEFT_PYTHON = ROOT / ".parity" / "bin" / "python"
-#: Exact: a figure belongs to one version.
-REQUIREMENTS = ("llama-cpp-python==0.3.36",)
-#: All instruction sets of this machine; llama.cpp's own thread pool, because OpenMP's waiting threads take the cores of
-#: whatever is measured next; no image models.
-CMAKE_ARGS = "-DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DGGML_OPENMP=OFF -DLLAVA_BUILD=OFF"
 
 
-def install(folder: Path, jobs: int) -> None:
+@dataclass(frozen=True)
+class Peer:
+    """An environment. Versions are exact: a figure belongs to one. `cmake` empty: a wheel, nothing is compiled."""
+
+    suffix: str
+    package: str
+    version: str
+    cmake: str = ""
+
+    def folder(self, folder: Path = FOLDER) -> Path:
+        return folder.with_name(folder.name + self.suffix)
+
+    def python(self, folder: Path = FOLDER) -> Path:
+        return self.folder(folder) / "bin" / "python"
+
+
+#: All instruction sets of this machine.
+NATIVE = "-DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON"
+PEERS = {
+    # llama.cpp's own thread pool, because OpenMP's waiting threads take the cores of whatever is measured next; no image models
+    "llama.cpp": Peer("", "llama-cpp-python", "0.3.36", f"{NATIVE} -DGGML_OPENMP=OFF -DLLAVA_BUILD=OFF"),
+    # no thread pool of its own: without OpenMP it starts and joins its threads for every graph
+    "ik_llama.cpp": Peer("-ik", "ik-llama-cpp-python", "0.1.5", f"{NATIVE} -DGGML_OPENMP=ON"),
+    "server": Peer("-server", "xllamacpp", "2026.10.11549"),
+}
+LLAMACPP_PYTHON = PEERS["llama.cpp"].python()
+IK_PYTHON = PEERS["ik_llama.cpp"].python()
+SERVER_PYTHON = PEERS["server"].python()
+
+
+def install(peer: Peer, folder: Path, jobs: int) -> None:
     """Raises CalledProcessError where a step fails; its own output says why."""
-    if not (folder / "bin" / "python").exists():
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    options = {"CMAKE_ARGS": CMAKE_ARGS, "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs)}
+    python = peer.python(folder)
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", peer.folder(folder)], check=True)
+    options = {"CMAKE_ARGS": peer.cmake, "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs)} if peer.cmake else {}
+    compiled = ["--no-binary", peer.package] if peer.cmake else []
+    # numpy: the sides hand logits over as its files
     subprocess.run(
-        [folder / "bin" / "python", "-m", "pip", "install", "--no-binary", "llama-cpp-python", *REQUIREMENTS],
+        [python, "-m", "pip", "install", *compiled, f"{peer.package}=={peer.version}", "numpy"],
         env={**os.environ, **options},
         check=True,
     )
@@ -39,10 +71,12 @@ def install(folder: Path, jobs: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--folder", type=Path, default=FOLDER)
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="of llama.cpp; the others lie beside it")
+    parser.add_argument("--only", nargs="+", choices=PEERS, default=list(PEERS))
     given = parser.parse_args()
-    install(given.folder, given.jobs)
-    print(f"ready: {given.folder}")
+    for name in given.only:
+        install(PEERS[name], given.folder, given.jobs)
+        print(f"ready: {PEERS[name].folder(given.folder)}")
 
 
 if __name__ == "__main__":

@@ -1,112 +1,171 @@
-"""llama.cpp through llama-cpp-python's low-level API, so that only `llama_decode` is timed. Runs in `build/peers`.
+"""llama.cpp, or its fork ik_llama.cpp, through the C API that both have, so that only `llama_decode` is timed.
 
-Flash attention and the cache's type (f16) are llama.cpp's own defaults; a prompt goes in as one batch.
+Runs in `build/peers` (llama-cpp-python) or `build/peers-ik` (ik-llama-cpp-python). Flash attention and the cache's type are
+the library's own defaults; a prompt goes in as one batch, and several streams take a step in one batch.
 """
 
 from __future__ import annotations
 
 import ctypes
+import importlib
+import importlib.metadata
+import importlib.util
 import time
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import llama_cpp
 import numpy as np
 from bench.peers.channel import peak_rss_mb, rss_mb, serve
 
-state: dict[str, Any] = {}
-
+FORK = importlib.util.find_spec("llama_cpp") is None
+PACKAGE = "ik-llama-cpp-python" if FORK else "llama-cpp-python"
+api: Any = importlib.import_module("ik_llama_cpp._ctypes_api" if FORK else "llama_cpp.llama_cpp")
+library: Any = api._lib
 
 ERROR = 4  # ggml_log_level
+_LOG_TYPE = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+
+state: dict[str, Any] = {"contexts": {}}
+
+
+class Token(NamedTuple):
+    """One row of a batch."""
+
+    id: int
+    position: int
+    sequence: int
+    wanted: bool  # its logits
 
 
 def _log(level: int, text: bytes, data: object) -> None:
-    """llama.cpp's log: errors only."""
+    """The library's log: errors only."""
     if level == ERROR:
         print(text.decode(errors="replace"), end="", flush=True)
 
 
-_LOG = llama_cpp.llama_log_callback(_log)  # kept here: llama.cpp holds no reference
+_LOG = _LOG_TYPE(_log)  # kept here: the library holds no reference
+
+
+def _declare() -> None:
+    """Functions that one of the two packages does not declare, or declares otherwise."""
+    library.llama_log_set.argtypes, library.llama_log_set.restype = [_LOG_TYPE, ctypes.c_void_p], None
+    library.llama_synchronize.argtypes, library.llama_synchronize.restype = [ctypes.c_void_p], None
+    library.llama_get_logits.argtypes = [ctypes.c_void_p]
+    library.llama_get_logits.restype = ctypes.POINTER(ctypes.c_float)
+    library.llama_print_system_info.argtypes, library.llama_print_system_info.restype = [], ctypes.c_char_p
 
 
 def load(path: str, context: int, threads: int) -> dict[str, Any]:
-    """Opens a model for one sequence of up to `context` tokens."""
-    llama_cpp.llama_log_set(_LOG, ctypes.c_void_p(0))
-    llama_cpp.llama_backend_init()
-    options = llama_cpp.llama_model_default_params()
+    """Opens a model; sequences are of up to `context` tokens."""
+    _declare()
+    library.llama_log_set(_LOG, None)
+    api.llama_backend_init()
+    options = api.llama_model_default_params()
     options.n_gpu_layers = 0
-    model = llama_cpp.llama_model_load_from_file(path.encode(), options)
-    if not model:
-        raise RuntimeError(f"llama.cpp cannot load {path}")
-    chosen = llama_cpp.llama_context_default_params()
-    chosen.n_ctx = chosen.n_batch = context
-    chosen.n_threads = chosen.n_threads_batch = threads
-    state["context"] = llama_cpp.llama_init_from_model(model, chosen)
-    _keep_threads(threads)
-    state["vocab"] = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-    info = llama_cpp.llama_print_system_info()
-    return {"version": llama_cpp.__version__, "system_info": info.decode().strip(), "vocab": state["vocab"]}
+    state["model"] = api.llama_model_load_from_file(path.encode(), options)
+    if not state["model"]:
+        raise RuntimeError(f"{PACKAGE} cannot load {path}")
+    state["length"], state["threads"] = context, threads
+    _context(1)
+    state["vocab"] = api.llama_vocab_n_tokens(api.llama_model_get_vocab(state["model"]))
+    info = library.llama_print_system_info()
+    version = importlib.metadata.version(PACKAGE)
+    return {"version": version, "system_info": info.decode().strip(), "openmp": _openmp(), "vocab": state["vocab"]}
 
 
-def _keep_threads(threads: int) -> None:
+def _openmp() -> bool:
+    """Whether an OpenMP runtime is in this process."""
+    try:
+        return "libgomp" in Path("/proc/self/maps").read_text(encoding="utf-8")
+    except OSError:
+        return False
+
+
+def _context(streams: int) -> Any:
+    """The context for so many sequences at a time; one is kept for each number asked for."""
+    if streams not in state["contexts"]:
+        chosen = api.llama_context_default_params()
+        chosen.n_ctx = streams * state["length"]
+        chosen.n_batch = max(state["length"], streams)
+        chosen.n_seq_max = streams
+        chosen.n_threads = chosen.n_threads_batch = state["threads"]
+        context = api.llama_init_from_model(state["model"], chosen)
+        if not context:
+            raise RuntimeError(f"{PACKAGE} cannot make a context for {streams} sequences of {state['length']} tokens")
+        if not FORK:
+            _keep_threads(context)
+        state["contexts"][streams] = context
+    return state["contexts"][streams]
+
+
+def _keep_threads(context: Any) -> None:
     """Gives the context a thread pool, as llama-bench does; otherwise every step starts and ends its threads."""
-    library = llama_cpp.llama_cpp._lib
-    options = ctypes.create_string_buffer(4096)  # struct ggml_threadpool_params: 512 flags and some numbers
-    library.ggml_threadpool_params_init(options, threads)
-    library.ggml_threadpool_new.restype = ctypes.c_void_p
-    pool = ctypes.c_void_p(library.ggml_threadpool_new(options))
-    library.llama_attach_threadpool.argtypes = [ctypes.c_void_p] * 3
-    library.llama_attach_threadpool(state["context"], pool, pool)
+    if "pool" not in state:
+        options = ctypes.create_string_buffer(4096)  # struct ggml_threadpool_params: 512 flags and some numbers
+        library.ggml_threadpool_params_init(options, state["threads"])
+        library.ggml_threadpool_new.restype = ctypes.c_void_p
+        state["pool"] = ctypes.c_void_p(library.ggml_threadpool_new(options))
+        library.llama_attach_threadpool.argtypes = [ctypes.c_void_p] * 3
+    library.llama_attach_threadpool(context, state["pool"], state["pool"])
 
 
-def _decode(tokens: Sequence[int], position: int, wanted: range) -> None:
-    """Runs tokens of sequence 0 from `position` on; logits are computed for the `wanted` indices."""
-    batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+def _decode(context: Any, tokens: Sequence[Token]) -> float:
+    """Seconds of one `llama_decode`."""
+    batch = api.llama_batch_init(len(tokens), 0, 1)
     try:
         batch.n_tokens = len(tokens)
         for i, token in enumerate(tokens):
-            batch.token[i] = token
-            batch.pos[i] = position + i
+            batch.token[i] = token.id
+            batch.pos[i] = token.position
             batch.n_seq_id[i] = 1
-            batch.seq_id[i][0] = 0
-            batch.logits[i] = i in wanted
+            batch.seq_id[i][0] = token.sequence
+            batch.logits[i] = token.wanted
         began = time.perf_counter()
-        status = llama_cpp.llama_decode(state["context"], batch)
-        llama_cpp.llama_synchronize(state["context"])
-        state["seconds"] = time.perf_counter() - began
+        status = api.llama_decode(context, batch)
+        library.llama_synchronize(context)
+        seconds = time.perf_counter() - began
     finally:
-        llama_cpp.llama_batch_free(batch)
+        api.llama_batch_free(batch)
     if status:
         raise RuntimeError(f"llama_decode returned {status}")
+    return seconds
 
 
-def _clear() -> None:
-    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(state["context"]), True)
+def _clear(context: Any) -> None:
+    if FORK:
+        api.llama_kv_cache_clear(context)
+    else:
+        api.llama_memory_clear(api.llama_get_memory(context), True)
 
 
 def logits(tokens: list[int], first: int, last: int, out: str) -> dict[str, Any]:
     """Writes the logits [last - first, V] after tokens [first, last) of a fresh sequence to the file `out`."""
-    _clear()
-    _decode(tokens, 0, range(first, last))
-    flat = llama_cpp.llama_get_logits(state["context"])
+    context = _context(1)
+    _clear(context)
+    seconds = _decode(context, [Token(id, i, 0, first <= i < last) for i, id in enumerate(tokens)])
+    flat = library.llama_get_logits(context)
     np.save(out, np.ctypeslib.as_array(flat, shape=(last - first, state["vocab"])))
-    return {"seconds": state["seconds"]}
+    return {"seconds": seconds}
 
 
 def prefill(tokens: list[int]) -> dict[str, Any]:
     """Seconds for a prompt, with the logits of its last token."""
-    _clear()
-    _decode(tokens, 0, range(len(tokens) - 1, len(tokens)))
-    return {"seconds": state["seconds"]}
+    context = _context(1)
+    _clear(context)
+    return {"seconds": _decode(context, [Token(id, i, 0, i == len(tokens) - 1) for i, id in enumerate(tokens)])}
 
 
-def decode(tokens: list[int], count: int) -> dict[str, Any]:
-    """Seconds for `count` tokens, one by one, after a prompt. The tokens themselves do not matter for the time."""
-    prefill(tokens)
+def decode(tokens: list[int], count: int, streams: int = 1) -> dict[str, Any]:
+    """Seconds for `count` steps after a prompt, each a batch of one token of every stream. Which tokens does not matter."""
+    context = _context(streams)
+    _clear(context)
+    for stream in range(streams):
+        _decode(context, [Token(id, i, stream, i == len(tokens) - 1) for i, id in enumerate(tokens)])
     total = 0.0
-    for i in range(count):
-        _decode([tokens[i % len(tokens)]], len(tokens) + i, range(1))
-        total += state["seconds"]
+    for step in range(count):
+        position = len(tokens) + step
+        total += _decode(context, [Token(tokens[(step + s) % len(tokens)], position, s, True) for s in range(streams)])
     return {"seconds": total}
 
 

@@ -42,16 +42,17 @@ def prefill(tokens: list[int]) -> dict[str, Any]:
     return {"seconds": seconds}
 
 
-def decode(tokens: list[int], count: int) -> dict[str, Any]:
-    """Seconds for `count` tokens, one by one, after a prompt. The tokens themselves do not matter for the time."""
+def decode(tokens: list[int], count: int, streams: int = 1) -> dict[str, Any]:
+    """Seconds for `count` steps after a prompt, each a batch of one token of every stream. Which tokens does not matter."""
     model: Model = state["model"]
-    sequence, _ = _prefill(tokens)
+    sequences = [_prefill(tokens)[0] for _ in range(streams)]
     began = time.perf_counter()
-    for i in range(count):
-        x = model.forward([(sequence, [tokens[i % len(tokens)]], None)])
-        model.head(x, [0])
+    for step in range(count):
+        x = model.forward([(sequence, [tokens[(step + s) % len(tokens)]], None) for s, sequence in enumerate(sequences)])
+        model.head(x, range(streams))
     seconds = time.perf_counter() - began
-    model.pool().cut(sequence, 0)
+    for sequence in sequences:
+        model.pool().cut(sequence, 0)
     return {"seconds": seconds}
 
 
