@@ -13,6 +13,7 @@
 #include <string>
 
 #include "op/engine.h"
+#include "quant/encode.h"
 
 namespace nb = nanobind;
 using namespace nomoat;
@@ -57,6 +58,21 @@ void pack(int format, int rows, int cols, const ConstBytes& gguf, const Bytes& p
   parallel_for(tasks, [&](int task, int) {
     pack_strips(m, gguf.data(), int(int64_t(m.strips()) * task / tasks), int(int64_t(m.strips()) * (task + 1) / tasks),
                 packed.data());
+  });
+}
+
+// Rows of float32 to GGUF bytes. Tasks begin at rows, so that every block is encoded whole.
+void quantize_rows(int format, const ConstFloats& x, const Bytes& out) {
+  require(x.ndim() == 2 && x.shape(0) <= INT32_MAX && x.shape(1) <= INT32_MAX, "x must be [rows, columns]");
+  const int rows = int(x.shape(0)), cols = int(x.shape(1));
+  const Matrix m = packed_matrix(Format(format), rows, cols);
+  const size_t row_bytes = gguf_row_bytes(m.format, cols);
+  require(out.size() == row_bytes * size_t(rows), "out has the wrong size");
+  nb::gil_scoped_release release;
+  const int tasks = rows < 64 ? rows : 64;
+  parallel_for(tasks, [&](int task, int) {
+    const int64_t first = int64_t(rows) * task / tasks, last = int64_t(rows) * (task + 1) / tasks;
+    encode(m.format, x.data() + first * cols, (last - first) * cols, out.data() + size_t(first) * row_bytes);
   });
 }
 
@@ -348,6 +364,7 @@ void bind_machine_and_weights(nb::module_& m) {
       },
       array("data"));
   m.def("pack", &pack, nb::arg("format"), nb::arg("rows"), nb::arg("cols"), array("gguf"), array("packed"));
+  m.def("quantize_rows", &quantize_rows, nb::arg("format"), array("x"), array("out"));
   m.def("read_rows", &read_rows, nb::arg("format"), nb::arg("rows"), nb::arg("cols"), array("packed"), array("ids"),
         array("out"));
   m.def("product", &product, nb::arg("format"), nb::arg("rows"), nb::arg("cols"), array("packed"), array("x"), array("y"),
