@@ -61,19 +61,12 @@ void pack(int format, int rows, int cols, const ConstBytes& gguf, const Bytes& p
   });
 }
 
-// Rows of float32 to GGUF bytes. Tasks begin at rows, so that every block is encoded whole.
 void quantize_rows(int format, const ConstFloats& x, const Bytes& out) {
   require(x.ndim() == 2 && x.shape(0) <= INT32_MAX && x.shape(1) <= INT32_MAX, "x must be [rows, columns]");
-  const int rows = int(x.shape(0)), cols = int(x.shape(1));
-  const Matrix m = packed_matrix(Format(format), rows, cols);
-  const size_t row_bytes = gguf_row_bytes(m.format, cols);
-  require(out.size() == row_bytes * size_t(rows), "out has the wrong size");
+  const Matrix m = packed_matrix(Format(format), int(x.shape(0)), int(x.shape(1)));
+  require(out.size() == gguf_row_bytes(m.format, m.cols) * x.shape(0), "out has the wrong size");
   nb::gil_scoped_release release;
-  const int tasks = rows < 64 ? rows : 64;
-  parallel_for(tasks, [&](int task, int) {
-    const int64_t first = int64_t(rows) * task / tasks, last = int64_t(rows) * (task + 1) / tasks;
-    encode(m.format, x.data() + first * cols, (last - first) * cols, out.data() + size_t(first) * row_bytes);
-  });
+  encode_rows(m.format, x.data(), m.rows, m.cols, out.data());
 }
 
 void read_rows(int format, int rows, int cols, const ConstBytes& packed, const ConstInts& ids, const Floats& out) {

@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "base/threads.h"
 #include "quant/all.h"
 #include "quant/search.h"
 
@@ -220,12 +221,16 @@ void encode_block(BF16, const float* x, uint8_t* out) { put_half(out, float_to_b
 
 }  // namespace
 
-void encode(Format format, const float* x, int64_t count, uint8_t* out) {
+void encode_rows(Format format, const float* x, int rows, int cols, uint8_t* out) {
   const bool known = with_format(format, [&](auto q) {
-    for (int64_t i = 0; i < count / q.block_cols; i++) {
-      std::memset(out + i * q.block_bytes, 0, q.block_bytes);
-      encode_block(q, x + i * q.block_cols, out + i * q.block_bytes);
-    }
+    const int64_t blocks = int64_t(rows) * (cols / q.block_cols);
+    const int tasks = rows < 64 ? rows : 64;
+    parallel_for(tasks, [&](int task, int) {
+      for (int64_t i = blocks * task / tasks; i < blocks * (task + 1) / tasks; i++) {
+        std::memset(out + i * q.block_bytes, 0, q.block_bytes);
+        encode_block(q, x + i * q.block_cols, out + i * q.block_bytes);
+      }
+    });
   });
   if (!known) throw std::invalid_argument("weight format " + std::to_string(int(format)) + " is not supported");
 }

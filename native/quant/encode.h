@@ -5,8 +5,8 @@
 
 namespace nomoat {
 
-// Encodes `count` values that follow each other, a whole number of the format's blocks, all finite. The same bytes for any split.
-// Throws std::invalid_argument for an unknown format.
-void encode(Format format, const float* x, int64_t count, uint8_t* out);
+// Encodes rows[cols] that follow each other, all finite; `cols` is a whole number of the format's blocks. The same bytes for any
+// number of threads. Throws std::invalid_argument for an unknown format.
+void encode_rows(Format format, const float* x, int rows, int cols, uint8_t* out);
 
 }  // namespace nomoat

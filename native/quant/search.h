@@ -1,9 +1,9 @@
 #pragma once
 // The search for scales: weighted least squares over x ~ scale * code and x ~ scale * code + min, shared by every encoder.
 //
-// For fixed codes the best scale is a closed form, so what is searched is the rounding: candidates stretch the group over the codes
-// a little more or less. Errors are weighted by |x| + rms(x): large weights count more, small ones are not forgotten.
-// Four lanes are added up in a fixed order, so that the bytes do not depend on the instruction set.
+// For fixed codes the best scale is a closed form, so what is searched is the rounding: candidates stretch the group over the
+// codes a little more or less. Errors are weighted by |x| + rms(x): large weights count more, small ones are not forgotten. Four
+// lanes are added up in a fixed order, so that the bytes do not depend on the instruction set.
 
 #include "quant/half.h"
 

@@ -40,7 +40,9 @@ def command(source: str, to: str, output: Path | None, overwrite: bool, as_json:
         click.echo(json.dumps(facts | {"tensors": written.types, "notes": written.notes}, ensure_ascii=False))
         return
     kinds = ", ".join(f"{kind} x {count}" for kind, count in written.types.items())
-    click.echo(f"{printable(str(written.path))}: {written.bytes / 1e6:,.1f} MB (source {written.source_bytes / 1e6:,.1f} MB); {kinds}")
+    click.echo(
+        f"{printable(str(written.path))}: {written.bytes / 1e6:,.1f} MB (source {written.source_bytes / 1e6:,.1f} MB); {kinds}"
+    )
     click.echo(f"Next: nomoat run {printable(str(written.path))}")
 
 

@@ -100,9 +100,8 @@ def tensor_types(
 
 def quantizable(tensor: str, shape: tuple[int, ...]) -> bool:
     """Matrices, but neither norms nor routers, which are small and decide much."""
-    return (
-        len(shape) > 1 and tensor.endswith("weight") and not tensor.endswith("_norm.weight") and "ffn_gate_inp.weight" not in tensor
-    )
+    small = tensor.endswith("_norm.weight") or "ffn_gate_inp.weight" in tensor
+    return len(shape) > 1 and tensor.endswith("weight") and not small
 
 
 def _mixed(

@@ -56,10 +56,8 @@ def from_gguf(file: GgufFile) -> Source:
     spec = spec_from_gguf(file)
     for name, info in file.tensors.items():
         if info.type not in BLOCK_SHAPE:
-            raise ModelError(
-                f"{printable(str(file.path))}: tensor `{printable(name)}` is {info.type.name}, which nomoat cannot read; {ADVICE}",
-                code="E_DTYPE",
-            )
+            what = f"tensor `{printable(name)}` is {info.type.name}, which nomoat cannot read; {ADVICE}"
+            raise ModelError(f"{printable(str(file.path))}: {what}", code="E_DTYPE")
     kept = [file.entry(key) for key in file.metadata if key not in OWN_KEYS and not key.startswith("split.")]
     tensors = {
         name: SourceTensor(info.shape, info.type, lambda n=name: _decoded(file, n), lambda n=name: file.data(n))  # type: ignore[misc]

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
@@ -41,9 +40,7 @@ class Written:
     notes: tuple[str, ...]
 
 
-def quantize(
-    source: Path, to: str, output: Path, *, overwrite: bool = False, progress: Progress | None = None
-) -> Written:
+def quantize(source: Path, to: str, output: Path, *, overwrite: bool = False, progress: Progress | None = None) -> Written:
     """Writes `source`, a GGUF or a Hugging Face folder, as a GGUF of type `to` (a name of recipes.FILE_TYPES).
 
     `progress(done, total)` counts bytes of the new file. Raises InputError for an unknown type, an output that exists or is the
