@@ -14,7 +14,6 @@ import argparse
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,20 +92,21 @@ def page(figures: dict[str, Any]) -> str:
         "# Quantizers compared",
         "",
         f"`nomoat quantize` and llama.cpp's `llama_model_quantize` made these files from {work['model']},",
-        "dequantized to float32, without an importance matrix. Perplexity and KL to the source are by float32 arithmetic on the file's weights; the last",
-        "three columns are by the usual arithmetic of each engine (activations in int8) on the same file.",
+        "dequantized to float32, without an importance matrix. Perplexity and KL to the source are by float32",
+        "arithmetic on the file's weights; the last three columns are by the usual arithmetic of each engine",
+        "(activations in int8) on the same file.",
         f"{work['windows']} windows of {work['context']} tokens of wikitext2, of which {work['scored']:,} are scored.",
         f"The source has perplexity {figures['source']['perplexity']:.3f}. `python bench/quantizers.py` made this page on",
         f"{machine['cpu']}, {machine['threads']} threads, commit {machine['commit']}, with llama-cpp-python "
         f"{figures['llama.cpp']['version']}.",
         "",
-        "| type | made by | seconds | MB | perplexity | KL to the source | run by nomoat | run by llama.cpp | ratio |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| type | made by | MB | perplexity | KL to the source | run by nomoat | run by llama.cpp | ratio |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for kind, makers in figures["files"].items():
         for maker, f in makers.items():
             lines.append(
-                f"| {kind} | {maker} | {f['seconds']:.1f} | {f['bytes'] / 1e6:.1f} | {f['perplexity']:.3f} | "
+                f"| {kind} | {maker} | {f['bytes'] / 1e6:.1f} | {f['perplexity']:.3f} | "
                 f"{f['kl']:.5f} \u00b1 {f['kl_error']:.5f} | {f['perplexity_nomoat']:.3f} | {f['perplexity_llamacpp']:.3f} | "
                 f"{f['ratio']:.4f} |"
             )
@@ -152,17 +152,14 @@ def main() -> None:
         with Side("bench.peers.llamacpp_side", given.llamacpp_python) as peer:
             for kind in given.types:
                 paths = {"nomoat": folder / "nomoat.gguf", "llama.cpp": folder / "llamacpp.gguf"}
-                began = time.perf_counter()
                 quantize(source, kind, paths["nomoat"], overwrite=True)
-                seconds = {"nomoat": time.perf_counter() - began}
                 number = FILE_TYPES[kind][0]
                 asked = {"source": str(source), "out": str(paths["llama.cpp"]), "file_type": number, "threads": given.threads}
-                seconds["llama.cpp"] = peer.ask("quantize", **asked)["seconds"]
+                peer.ask("quantize", **asked)
                 differ[kind] = same_types(paths["nomoat"], paths["llama.cpp"])
                 files[kind] = {}
                 for maker, path in paths.items():
-                    found = measure(path, cut, reference, peer, given.threads, str(folder / "logits.npy"))
-                    files[kind][maker] = found | {"seconds": seconds[maker]}
+                    files[kind][maker] = measure(path, cut, reference, peer, given.threads, str(folder / "logits.npy"))
                     print(f"{kind} by {maker}: {files[kind][maker]}", file=sys.stderr, flush=True)
             about = peer.ask("load", path=str(source), context=CONTEXT, threads=given.threads)
     scored = sum(len(targets_of(window)) for window in cut)

@@ -13,7 +13,6 @@
 #include <string>
 
 #include "op/engine.h"
-#include "quant/encode.h"
 
 namespace nb = nanobind;
 using namespace nomoat;
@@ -61,10 +60,9 @@ void pack(int format, int rows, int cols, const ConstBytes& gguf, const Bytes& p
   });
 }
 
-void quantize_rows(int format, const ConstFloats& x, const Bytes& out) {
-  require(x.ndim() == 2 && x.shape(0) <= INT32_MAX && x.shape(1) <= INT32_MAX, "x must be [rows, columns]");
+void quantize_rows(int format, const nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>& x, const Bytes& out) {
   const Matrix m = packed_matrix(Format(format), int(x.shape(0)), int(x.shape(1)));
-  require(out.size() == gguf_row_bytes(m.format, m.cols) * x.shape(0), "out has the wrong size");
+  require(out.size() == gguf_row_bytes(m.format, m.cols) * size_t(m.rows), "out has the wrong size");
   nb::gil_scoped_release release;
   encode_rows(m.format, x.data(), m.rows, m.cols, out.data());
 }

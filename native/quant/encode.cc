@@ -1,5 +1,3 @@
-#include "quant/encode.h"
-
 #include <stdexcept>
 #include <string>
 
