@@ -53,13 +53,8 @@ void pack(int format, int rows, int cols, const ConstBytes& gguf, const Bytes& p
   require(gguf.size() == gguf_row_bytes(m.format, cols) * size_t(rows), "tensor bytes do not match its shape");
   require(packed.size() == packed_bytes(m), "packed buffer has the wrong size");
   nb::gil_scoped_release release;
-  const int tasks = m.strips() < 64 ? m.strips() : 64;
-  parallel_for(tasks, [&](int task, int) {
-    pack_strips(m, gguf.data(), int(int64_t(m.strips()) * task / tasks), int(int64_t(m.strips()) * (task + 1) / tasks),
-                packed.data());
-  });
+  pack_matrix(m, gguf.data(), packed.data());
 }
-
 void quantize_rows(int format, const nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>& x, const Bytes& out) {
   const Matrix m = packed_matrix(Format(format), int(x.shape(0)), int(x.shape(1)));
   require(out.size() == gguf_row_bytes(m.format, m.cols) * size_t(m.rows), "out has the wrong size");

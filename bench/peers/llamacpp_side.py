@@ -171,11 +171,12 @@ def decode(tokens: list[int], count: int, streams: int = 1) -> dict[str, Any]:
 
 def quantize(source: str, out: str, file_type: int, threads: int) -> dict[str, Any]:
     """Seconds for writing `source` as a file of another type, without an importance matrix."""
-    llama_cpp.llama_log_set(_LOG, ctypes.c_void_p(0))
-    options = llama_cpp.llama_model_quantize_default_params()
+    _declare()
+    library.llama_log_set(_LOG, None)
+    options = api.llama_model_quantize_default_params()
     options.nthread, options.ftype, options.allow_requantize = threads, file_type, True
     began = time.perf_counter()
-    status = llama_cpp.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(options))
+    status = api.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(options))
     if status:
         raise RuntimeError(f"llama_model_quantize returned {status}")
     return {"seconds": time.perf_counter() - began}
