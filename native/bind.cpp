@@ -53,11 +53,13 @@ void pack(int format, int rows, int cols, const ConstBytes& gguf, const Bytes& p
   require(gguf.size() == gguf_row_bytes(m.format, cols) * size_t(rows), "tensor bytes do not match its shape");
   require(packed.size() == packed_bytes(m), "packed buffer has the wrong size");
   nb::gil_scoped_release release;
-  const int tasks = m.strips() < 64 ? m.strips() : 64;
-  parallel_for(tasks, [&](int task, int) {
-    pack_strips(m, gguf.data(), int(int64_t(m.strips()) * task / tasks), int(int64_t(m.strips()) * (task + 1) / tasks),
-                packed.data());
-  });
+  pack_matrix(m, gguf.data(), packed.data());
+}
+void quantize_rows(int format, const nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>& x, const Bytes& out) {
+  const Matrix m = packed_matrix(Format(format), int(x.shape(0)), int(x.shape(1)));
+  require(out.size() == gguf_row_bytes(m.format, m.cols) * size_t(m.rows), "out has the wrong size");
+  nb::gil_scoped_release release;
+  encode_rows(m.format, x.data(), m.rows, m.cols, out.data());
 }
 
 void read_rows(int format, int rows, int cols, const ConstBytes& packed, const ConstInts& ids, const Floats& out) {
@@ -348,6 +350,7 @@ void bind_machine_and_weights(nb::module_& m) {
       },
       array("data"));
   m.def("pack", &pack, nb::arg("format"), nb::arg("rows"), nb::arg("cols"), array("gguf"), array("packed"));
+  m.def("quantize_rows", &quantize_rows, nb::arg("format"), array("x"), array("out"));
   m.def("read_rows", &read_rows, nb::arg("format"), nb::arg("rows"), nb::arg("cols"), array("packed"), array("ids"),
         array("out"));
   m.def("product", &product, nb::arg("format"), nb::arg("rows"), nb::arg("cols"), array("packed"), array("x"), array("y"),

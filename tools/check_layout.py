@@ -24,6 +24,7 @@ PYTHON_ORDER = (
     "text",
     "engine",
     "hub",
+    "quant",
     "data",
     "adapters",
     "evals",

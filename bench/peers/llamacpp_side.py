@@ -169,10 +169,23 @@ def decode(tokens: list[int], count: int, streams: int = 1) -> dict[str, Any]:
     return {"seconds": total}
 
 
+def quantize(source: str, out: str, file_type: int, threads: int) -> dict[str, Any]:
+    """Seconds for writing `source` as a file of another type, without an importance matrix."""
+    _declare()
+    library.llama_log_set(_LOG, None)
+    options = api.llama_model_quantize_default_params()
+    options.nthread, options.ftype, options.allow_requantize = threads, file_type, True
+    began = time.perf_counter()
+    status = api.llama_model_quantize(source.encode(), out.encode(), ctypes.byref(options))
+    if status:
+        raise RuntimeError(f"llama_model_quantize returned {status}")
+    return {"seconds": time.perf_counter() - began}
+
+
 def memory() -> dict[str, Any]:
     """Resident memory now, and its peak."""
     return {"rss_mb": rss_mb(), "peak_rss_mb": peak_rss_mb()}
 
 
 if __name__ == "__main__":
-    serve({"load": load, "logits": logits, "prefill": prefill, "decode": decode, "memory": memory})
+    serve({"load": load, "logits": logits, "prefill": prefill, "decode": decode, "quantize": quantize, "memory": memory})

@@ -63,6 +63,13 @@ size_t packed_bytes(const Matrix& matrix);
 // Packs strips [first, last) of a row-major GGUF tensor into `packed` (the address of strip 0).
 void pack_strips(const Matrix& matrix, const uint8_t* gguf, int first, int last, uint8_t* packed);
 
+// All strips, on all threads.
+void pack_matrix(const Matrix& matrix, const uint8_t* gguf, uint8_t* packed);
+
+// Encodes rows[cols] that follow each other, all finite, as GGUF bytes: quant/encode.cc. The same bytes for any number of
+// threads. Throws std::invalid_argument for an unknown format.
+void encode_rows(Format format, const float* x, int rows, int cols, uint8_t* out);
+
 // A 64-bit checksum that runs at memory speed: detects damage, not malice.
 uint64_t checksum(const uint8_t* data, size_t bytes);
 

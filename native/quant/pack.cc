@@ -1,6 +1,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "base/threads.h"
 #include "quant/all.h"
 
 namespace nomoat {
@@ -53,6 +54,13 @@ void pack_strips(const Matrix& m, const uint8_t* gguf, int first, int last, uint
         }
       }
     }
+  });
+}
+
+void pack_matrix(const Matrix& m, const uint8_t* gguf, uint8_t* packed) {
+  const int tasks = m.strips() < 64 ? m.strips() : 64;
+  parallel_for(tasks, [&](int task, int) {
+    pack_strips(m, gguf, int(int64_t(m.strips()) * task / tasks), int(int64_t(m.strips()) * (task + 1) / tasks), packed);
   });
 }
 

@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "pull": ("nomoat.cli.pull", "Download a model into the store."),
     "models": ("nomoat.cli.models", "List the models on this machine, those of other tools included."),
     "show": ("nomoat.cli.show", "Explain a model: architecture, size, formats, template, licence."),
+    "quantize": ("nomoat.cli.quantize", "Write a model as a GGUF of another type."),
     "rm": ("nomoat.cli.rm", "Remove a model from the store."),
     "fit": ("nomoat.cli.fit", "Say whether a model fits this machine, for chat and for training."),
     "train": ("nomoat.cli.train", "Teach a model your task; saves an adapter."),

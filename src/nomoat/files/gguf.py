@@ -160,12 +160,14 @@ class GgufFile:
         metadata: dict[str, Scalar | LazyArray],
         tensors: dict[str, TensorInfo],
         shards: list[ByteSource],
+        spans: dict[str, tuple[int, int]],
     ) -> None:
         self.path = path
         self.version = version
         self.metadata: Mapping[str, Scalar | LazyArray] = MappingProxyType(metadata)
         self.tensors = tensors
         self._shards = shards
+        self._spans = spans
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -181,6 +183,11 @@ class GgufFile:
         """The tensor's bytes as they are in the file: read-only, zero-copy, flat. KeyError when there is no such tensor."""
         info = self.tensors[name]
         return self._shards[info.shard].view(info.offset, info.nbytes)
+
+    def entry(self, key: str) -> bytes:
+        """Key, value type and value as they are in the (first) file. KeyError when there is no such key."""
+        begin, end = self._spans[key]
+        return self._shards[0].read(begin, end - begin)
 
     def get_str(self, key: str, default: str | None = None) -> str:
         """A string. A missing key without default is E_ARCH, another type is E_TYPE; so for the other getters."""
@@ -249,7 +256,8 @@ def open_gguf(path: Path | str, *, require_contiguous: bool = True) -> GgufFile:
         first = _Shard(_open(path, sources), 0, require_contiguous)
         count = first.split("split.count", 1)
         if count <= 1:
-            return GgufFile(path, first.version, first.metadata, {t.name: t for t in first.tensors}, sources)
+            tensors = {t.name: t for t in first.tensors}
+            return GgufFile(path, first.version, first.metadata, tensors, sources, first.spans)
         return _open_split(path, first, count, sources, require_contiguous)
     except BaseException:
         for source in sources:
@@ -293,7 +301,7 @@ def _open_split(path: Path, given: _Shard, count: int, sources: list[ByteSource]
     total = shards[0].split("split.tensors.count", len(tensors))
     if total != len(tensors):
         shards[0].source.fail("E_HASH", f"the parts hold {len(tensors)} tensors, the first part promises {total}", None)
-    return GgufFile(path, shards[0].version, shards[0].metadata, tensors, sources)
+    return GgufFile(path, shards[0].version, shards[0].metadata, tensors, sources, shards[0].spans)
 
 
 class _Shard:
@@ -304,6 +312,7 @@ class _Shard:
         self._cursor = Cursor(source)
         tensor_count, key_count = self._counts()
         self.metadata: dict[str, Scalar | LazyArray] = {}
+        self.spans: dict[str, tuple[int, int]] = {}  # key -> first byte of the pair, and the byte behind it
         self.alignment = 32
         for _ in range(key_count):
             self._key_value()
@@ -348,6 +357,7 @@ class _Shard:
             cursor.fail("E_DUP", f"the key `{key}` occurs twice", start)
         value = self._value(key, self._value_type(key))
         self.metadata[key] = value
+        self.spans[key] = (start, cursor.position)
         if key == "general.alignment" and value not in ALIGNMENTS:
             cursor.fail("E_LIMIT", f"general.alignment is {value}, expected a power of two from 8 to 65,536", start)
 

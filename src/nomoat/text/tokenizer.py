@@ -78,6 +78,8 @@ class Tokenizer:
         self.eos_ids = vocabulary.eos_ids
         self.add_bos = vocabulary.add_bos
         self.fim = vocabulary.fim
+        self.byte_level = vocabulary.byte_level
+        self.token_types = vocabulary.types
         self.drops_first_space = vocabulary.space_prefix != SpacePrefix.NEVER
 
     @classmethod
