@@ -143,10 +143,11 @@ struct PyEngine : Engine {
   // Everything that a layer cannot run without has been set.
   void check_complete(int layer) const {
     const Layer& own = layers[size_t(layer)];
-    for (int target = 0; target < kTargets; target++)
+    for (int target = 0; target < own.targets(); target++)
       require(own.w[size_t(target)].data || (target == kGate && !dims.gated),
               "layer " + std::to_string(layer) + ": weight " + std::to_string(target) + " has not been set");
-    require(!own.experts || own.router.data, "layer " + std::to_string(layer) + ": the router has not been set");
+    require((!own.experts || own.router.data) && (!own.shared || own.shared_router),
+            "layer " + std::to_string(layer) + ": the router has not been set");
     require(!own.q_norm == !own.k_norm, "layer " + std::to_string(layer) + ": norms of q and k come together");
   }
   void check_head() const { require(head.data && final_norm, "the head or its norm has not been set"); }
@@ -175,12 +176,13 @@ void add_rope(PyEngine& e, bool interleaved, const ConstFloats& inv_freq, float 
   e.ropes.push_back(std::move(rope));
 }
 
-void set_layer(PyEngine& e, int layer, int heads, int kv_heads, int ffn, int window, int rope, int experts) {
+void set_layer(PyEngine& e, int layer, int heads, int kv_heads, int ffn, int window, int rope, int experts, int shared) {
   e.check_layer(layer);
   require(heads > 0 && kv_heads > 0 && ffn > 0, "dimensions must be positive");
   require(heads % kv_heads == 0 && heads / kv_heads <= kMaxGroup,
           "query heads must be 1 to " + std::to_string(kMaxGroup) + " times the kv heads");
-  require(window >= 0 && experts >= 0, "window and experts must not be negative");
+  require(window >= 0 && experts >= 0 && shared >= 0, "window, experts and shared must not be negative");
+  require(experts || !shared, "a shared expert is one beside others");
   require(rope >= -1 && rope < int(e.ropes.size()), "rope " + std::to_string(rope) + " of " + std::to_string(e.ropes.size()));
   require(!experts || (e.dims.gated && ffn % kStripRows == 0 && e.dims.width % kStripRows == 0),
           "experts must have a gate, and rows that are a multiple of 16");
@@ -188,13 +190,13 @@ void set_layer(PyEngine& e, int layer, int heads, int kv_heads, int ffn, int win
           std::to_string(e.experts_used) + " experts used of " + std::to_string(experts));
   Layer& own = e.layers[size_t(layer)] = Layer{};  // its weights come later
   own.heads = heads, own.kv_heads = kv_heads, own.ffn = ffn;
-  own.window = window, own.rope = rope, own.experts = experts;
+  own.window = window, own.rope = rope, own.experts = experts, own.shared = shared;
 }
 
 void set_linear(PyEngine& e, int layer, int target, int format, const ConstBytes& packed) {
   e.check_layer(layer);
-  require(target >= 0 && target < kTargets, "unknown target");
   Layer& own = e.layers[size_t(layer)];
+  require(target >= 0 && target < own.targets(), "unknown target");
   const auto [rows, cols] = linear_shape(e.dims, own, target);
   own.w[size_t(target)] = matrix_view(format, rows, cols, packed);
 }
@@ -207,10 +209,12 @@ void set_router(PyEngine& e, int layer, int format, const ConstBytes& packed) {
 
 // Vectors of a layer by the last part of their engine name: those as wide as the residual stream, biases by target.
 constexpr std::pair<const char*, const float* Layer::*> kWide[] = {
-    {"attn_norm", &Layer::attn_norm}, {"attn_norm_bias", &Layer::attn_norm_bias}, {"attn_post_norm", &Layer::attn_post_norm},
-    {"mlp_norm", &Layer::mlp_norm},   {"mlp_norm_bias", &Layer::mlp_norm_bias},   {"mlp_post_norm", &Layer::mlp_post_norm},
+    {"attn_norm", &Layer::attn_norm},           {"attn_norm_bias", &Layer::attn_norm_bias},
+    {"attn_post_norm", &Layer::attn_post_norm}, {"mlp_norm", &Layer::mlp_norm},
+    {"mlp_norm_bias", &Layer::mlp_norm_bias},   {"mlp_post_norm", &Layer::mlp_post_norm},
+    {"shared_router", &Layer::shared_router},
 };
-constexpr const char* kBias[kTargets] = {"q_bias", "k_bias", "v_bias", "o_bias", "gate_bias", "up_bias", "down_bias"};
+constexpr const char* kBias[] = {"q_bias", "k_bias", "v_bias", "o_bias", "gate_bias", "up_bias", "down_bias"};
 
 void set_vector(PyEngine& e, int layer, const std::string& name, const ConstFloats& values) {
   const float** place = nullptr;
@@ -222,7 +226,7 @@ void set_vector(PyEngine& e, int layer, const std::string& name, const ConstFloa
     Layer& own = e.layers[size_t(layer)];
     for (auto [known, member] : kWide)
       if (name == known) place = &(own.*member);
-    for (int target = 0; target < kTargets; target++)
+    for (int target = 0; target <= kDown; target++)
       if (name == kBias[target]) place = &own.bias[size_t(target)], length = linear_shape(e.dims, own, target).first;
     if (name == "q_norm" || name == "k_norm") {
       require(e.dims.qk_norm != QkNorm::none, "vector '" + name + "', but qk_norm is 0");
@@ -248,19 +252,15 @@ void set_lora(PyLora& lora, int layer, int target, const ConstFloats& a, const C
               a.shape(0) > 0 && (axes == 2 || a.shape(1) == bt.shape(1)),
           "A, B^T and scale must agree in rank, and in the number of experts");
   Lora l;
-  l.a = a.data();
-  l.bt = bt.data();
-  l.scale = scale.data();
-  l.rank = int(a.shape(0));
-  l.lda = int(a.size() / a.shape(0)), l.ldb = int(bt.size() / bt.shape(0));
+  l.a = a.data(), l.bt = bt.data(), l.scale = scale.data();
+  l.rank = int(a.shape(0)), l.lda = int(a.size() / a.shape(0)), l.ldb = int(bt.size() / bt.shape(0));
   if (da && dbt) {
     require(da->ndim() == axes && dbt->ndim() == axes && da->shape(axes - 1) == a.shape(axes - 1) &&
                 dbt->shape(axes - 1) == bt.shape(axes - 1) && da->shape(0) == dbt->shape(0) && da->shape(0) <= a.shape(0) &&
                 (axes == 2 || (da->shape(1) == a.shape(1) && dbt->shape(1) == a.shape(1))),
             "gradients must have the columns of A and B^T");
     l.trained = l.rank - int(da->shape(0));
-    l.da = da->data();
-    l.dbt = dbt->data();
+    l.da = da->data(), l.dbt = dbt->data();
   }
   lora.set[size_t(layer)][size_t(target)] = l;
 }
@@ -426,7 +426,7 @@ void bind_engine(nb::module_& m) {
            nb::arg("experts_used") = 0, nb::arg("expert_norm") = true)
       .def("add_rope", &add_rope, nb::arg("interleaved"), array("inv_freq"), nb::arg("magnitude") = 1.0f)
       .def("set_layer", &set_layer, nb::arg("layer"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("ffn"),
-           nb::arg("window") = 0, nb::arg("rope") = 0, nb::arg("experts") = 0)
+           nb::arg("window") = 0, nb::arg("rope") = 0, nb::arg("experts") = 0, nb::arg("shared") = 0)
       .def(
           "set_digits",
           [](PyEngine& e, int product, int digits) {

@@ -53,6 +53,7 @@ ROWS: dict[str, Row] = {model_type: Row(model_type) for model_type in FAMILIES} 
     "llama_linear": Row("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}, "head_dim": None}),
     "mistral_window": Row("mistral", {"sliding_window": 13}, gguf=False),
     "qwen2_window": Row("qwen2", {"use_sliding_window": True, "sliding_window": 13, "max_window_layers": 1}, gguf=False),
+    "qwen2_moe_dense": Row("qwen2_moe", {"mlp_only_layers": [1], "qkv_bias": False, "norm_topk_prob": True}, gguf=False),
     "qwen3_moe_dense": Row("qwen3_moe", {"mlp_only_layers": [1], "norm_topk_prob": False}, gguf=False),
     "gemma2_scalar": Row("gemma2", {"query_pre_attn_scalar": 24}, gguf=False),
     "phi3_window": Row(

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from nomoat.data.pack import Pack
 from nomoat.engine.stack import Adapter
-from nomoat.models.spec import TARGETS, ModelSpec
+from nomoat.models.spec import LINEARS, ModelSpec
 from reference import Lora, Place
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def adapter_of(lora: Lora) -> Adapter:
     """In float32, as the engine and files hold it."""
     a, _, scale = next(iter(lora.values()))
     tensors = {place: (a.astype(np.float32), b.astype(np.float32)) for place, (a, b, _) in lora.items()}
-    targets = tuple(target for target in TARGETS if any(target == t for _, t in lora))
+    targets = tuple(target for target in LINEARS if any(target == t for _, t in lora))
     return Adapter(rank=a.shape[-2], alpha=scale * a.shape[-2], targets=targets, tensors=tensors)
 
 

@@ -198,9 +198,16 @@ class Reference:
                     i, "down", lora, act(self._linear(i, "gate", lora, h, e)) * self._linear(i, "up", lora, h, e), e
                 )
 
-            return experts(h, self.weights[f"blk.{i}.router"], mlp, self.spec.experts_used, self.spec.expert_norm)
+            found = experts(h, self.weights[f"blk.{i}.router"], mlp, self.spec.experts_used, self.spec.expert_norm)
+            return found + self._shared_expert(i, lora, h, act) if self.spec.blocks[i].shared else found
         up = self._linear(i, "up", lora, h)
         return self._linear(i, "down", lora, act(self._linear(i, "gate", lora, h)) * up if self.spec.gated else act(up))
+
+    def _shared_expert(self, i: int, lora: Lora, h: Array, act: Callable[[Array], Array]) -> Array:
+        """sigmoid(shared_router . h) * MLP_shared(h)"""
+        weight = 1 / (1 + np.exp(-(h * self.weights[f"blk.{i}.shared_router"]).sum(-1, keepdims=True)))
+        middle = act(self._linear(i, "shared_gate", lora, h)) * self._linear(i, "shared_up", lora, h)
+        return weight * self._linear(i, "shared_down", lora, middle)
 
     def _head(self, hidden: Array) -> Array:
         logits = self.spec.logit_scale * (hidden @ self.weights.get("head", self.weights["embed"]).T)

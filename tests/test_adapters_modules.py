@@ -210,6 +210,26 @@ def test_experts_are_written_one_by_one(name: str, tmp_path: Path) -> None:
     assert names == {one for one in folder if "experts." in one or "q_proj" in one}
 
 
+def test_a_shared_expert_has_modules_of_its_own(tmp_path: Path) -> None:
+    """Beside those of the other experts, and of layers without one; a mixture that has none refuses them."""
+    for name, first in (("qwen2_moe", 0), ("qwen2_moe_dense_layers", 1)):
+        spec = spec_from_hf(GOLDEN[name]["config"], None, name=name)
+        adapter = expert_adapter(spec, ("up", "experts"))
+        read, _ = load_adapter(save_adapter(tmp_path / name, adapter, spec, {}), spec)
+        assert (read.digest, read.targets) == (adapter.digest, ("gate", "up", "down", "shared_up"))
+        assert (0, "shared_up") in read.tensors or first
+        config, arrays = to_peft(adapter, spec)
+        assert config["target_modules"] == ["gate_proj", "up_proj", "down_proj"]
+        assert arrays[f"{STEM}{first}.mlp.shared_expert.up_proj.lora_B.weight"].shape == (24, RANK)
+        assert (f"{STEM}0.mlp.up_proj.lora_A.weight" in arrays) == bool(first)
+    shared = {key: array for key, array in arrays.items() if "shared_expert" in key}
+    with pytest.raises(AdapterError, match="refuses an adapter rather than leave out a part of it"):
+        load_adapter(peft_files(tmp_path / "a", {}, shared), spec_from_hf(GOLDEN["qwen3_moe"]["config"], None))
+    moved = {key.replace(f"{STEM}1.", f"{STEM}0."): array for key, array in shared.items() if key.startswith(f"{STEM}1.")}
+    with pytest.raises(AdapterError, match=r"has 4 layers, and its weight there is \[0, 32\]"):
+        load_adapter(peft_files(tmp_path / "b", {}, moved), spec)
+
+
 def parameters_of(adapter: Adapter, spec: ModelSpec) -> tuple[dict[str, Any], dict[str, Float32]]:
     """The same as PEFT has it on the parameters of transformers 5: gate and up in one, each with ranks of its own."""
     arrays = {}

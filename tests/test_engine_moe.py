@@ -20,7 +20,7 @@ from nomoat.data.pack import Pack
 from nomoat.engine.stack import Adapter
 from nomoat.errors import AdapterError, InputError, ModelError
 from nomoat.files.ggml import GgmlType
-from nomoat.models.spec import COVERABLE, TARGETS, LayerSpec, ModelSpec, Source
+from nomoat.models.spec import COVERABLE, SHARED_TARGETS, TARGETS, LayerSpec, ModelSpec, Source
 from reference import Reference, random_lora
 from test_engine_prefix import examples, step
 
@@ -51,8 +51,9 @@ class Built(NamedTuple):
 def spec_of(
     width: int, ffn: int, used: int, expert_norm: bool, layers: str = "ee", vectors: tuple[str, ...] = NORMS, **fields: Any
 ) -> ModelSpec:
-    """Layers are "e" with experts or "d" dense, whose MLP is wider; each has the vectors named."""
+    """Layers are "e" with experts, "s" with a shared one too, or "d" dense, whose MLP is wider; each has the vectors named."""
     block = {"e": LayerSpec(4, 2, ffn, experts=EXPERTS), "d": LayerSpec(4, 2, 2 * ffn)}
+    block["s"] = dataclasses.replace(block["e"], shared=ffn + 32)
     spec = ModelSpec(
         architecture="experts",
         name="tiny experts",
@@ -70,7 +71,8 @@ def spec_of(
     )
     names = ["embed", "final_norm"]
     for i, kind in enumerate(layers):
-        names += [f"blk.{i}.{part}" for part in (*vectors, *TARGETS, *(["router"] if kind == "e" else []))]
+        routers = {"e": ("router",), "s": ("router", "shared_router"), "d": ()}[kind]
+        names += [f"blk.{i}.{part}" for part in (*vectors, *spec.targets(i), *routers)]
     return dataclasses.replace(spec, tensors={name: Source((name,)) for name in names})
 
 
@@ -82,7 +84,7 @@ def build(spec: ModelSpec, type: str, seed: int) -> Built:
         shape = spec.tensor_shape(name)
         values = rng.standard_normal(shape).astype(np.float32)
         if len(shape) == 1:
-            weights[name] = 0.3 * values if name.endswith("bias") else 1 + 0.2 * values
+            weights[name] = 0.3 * values if name.endswith(("bias", "router")) else 1 + 0.2 * values
             continue
         values *= shape[-1] ** -0.5
         stored = name.endswith("router") or type == "F32"
@@ -121,7 +123,7 @@ SHAPES = {"F32": (48, 48), "F16": (48, 48), "Q8_0": (64, 96), "Q4_0": (64, 64)}
 @pytest.mark.parametrize(("used", "expert_norm"), [(1, True), (1, False), (2, True), (2, False), (EXPERTS, True)])
 def test_logits(type: str, used: int, expert_norm: bool, precision: str) -> None:
     tokens = TOKENS[:12]
-    model, oracle = without_ties(spec_of(*SHAPES[type], used, expert_norm, "ed"), type, tokens)
+    model, oracle = without_ties(spec_of(*SHAPES[type], used, expert_norm, "sd"), type, tokens)
     assert relative_error(model.logits(tokens, precision=precision), oracle.logits(tokens)) < LOGIT_ERROR[precision]
 
 
@@ -135,9 +137,9 @@ class Case(NamedTuple):
 
 @pytest.fixture(scope="module", params=[(1, False), (2, True), (2, False), (EXPERTS, True), (EXPERTS, False)], ids=str)
 def case(request: pytest.FixtureRequest) -> Case:
-    """Two layers with experts and a dense one between them; all gradients by complex step."""
+    """Two layers with experts, one of them with a shared one, and a dense one between them; all gradients by complex step."""
     used, expert_norm = request.param
-    spec = spec_of(32, 32, used, expert_norm, "ede")
+    spec = spec_of(32, 32, used, expert_norm, "sde")
     pack = random_pack(spec.vocab, (5, 1, 7), seed=5)
     for seed in itertools.count():
         model, oracle = build(spec, "Q8_0", seed)
@@ -151,7 +153,8 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 def test_every_gradient_in_f32(case: Case) -> None:
     found, logp = case.trained.gradients(case.model, case.pack, "f32")
-    assert found.keys() == case.gradients.keys() == {(layer, target) for layer in range(3) for target in TARGETS}
+    assert found.keys() == case.gradients.keys() == set(case.model.spec.places())
+    assert len(found) == 3 * len(TARGETS) + len(SHARED_TARGETS)
     assert relative_error(logp, case.logp) < 1e-5
     assert relative_error(flat(found), flat(case.gradients)) < 1e-5
     for place, pair in case.gradients.items():
@@ -184,7 +187,7 @@ def test_norms_and_scales_around_experts(name: str) -> None:
     vectors, fields = SURROUNDINGS[name]
     pack = random_pack(96, (9, 3, 12), seed=6)
     batch = (pack.tokens, pack.targets, pack.weights, pack.starts)
-    model, oracle = without_ties(spec_of(48, 48, 2, True, "ede", vectors, **fields), "F32", *batch[::3], least=1e-3)
+    model, oracle = without_ties(spec_of(48, 48, 2, True, "sde", vectors, **fields), "F32", *batch[::3], least=1e-3)
     trained = Trained(TrainableLora(model.spec, rank=3, alpha=6.0, targets=COVERABLE))
     found, logp = trained.gradients(model, pack, "f32")
     assert relative_error(logp, oracle.logprobs(*batch, trained.values())) < 1e-5
@@ -203,7 +206,7 @@ def test_norms_and_scales_around_experts(name: str) -> None:
 
 @pytest.fixture(scope="module", params=["Q4_1", "F32"])
 def built(request: pytest.FixtureRequest) -> Built:
-    return build(spec_of(64, 64, 2, True, "ede"), request.param, seed=1)
+    return build(spec_of(64, 64, 2, True, "sde"), request.param, seed=1)
 
 
 @pytest.fixture
@@ -269,11 +272,15 @@ def test_a_shared_beginning_gives_the_same_gradients(built: Built, precision: st
 
 
 def test_what_the_tape_keeps_of_a_row() -> None:
-    """Gate and up of the experts used, the weights of all experts and which are used; of a dense layer gate and up."""
-    spec = spec_of(32, 48, 2, True, "ed")
+    """Gate and up of the experts used, the weights of all experts and which are used; of a dense layer gate and up.
+
+    Of a shared expert too, and its weight.
+    """
+    spec = spec_of(32, 48, 2, True, "eds")
     attention = 2 * 32 + 2 * (4 + 2) * 8
     assert activation_bytes(spec, 0, 0) == 2 * (attention + 2 * 2 * 48) + 4 * (4 + 32 + 2)
     assert activation_bytes(spec, 1, 0) == 2 * (attention + 2 * 2 * 48) + 4 * 4
+    assert activation_bytes(spec, 2, 0) == activation_bytes(spec, 0, 0) + 2 * 2 * (48 + 32) + 4
     assert activation_bytes(dataclasses.replace(spec, experts_used=4), 0, 3, "f32") == 4 * (
         attention + 4 * 2 * 48 + 4 + 32 + 4 + 3
     )
@@ -283,7 +290,7 @@ def test_what_the_tape_keeps_of_a_row() -> None:
 @pytest.mark.parametrize("type", ["F32", "Q8_0"])
 def test_logits_with_adapters_on_experts(type: str, precision: str) -> None:
     """Two stacks side by side, each a sum of adapters, and rows without any: all as if they were alone."""
-    spec = spec_of(*SHAPES[type], 2, True, "ed")
+    spec = spec_of(*SHAPES[type], 2, True, "sd")
     some, other = (random_lora(spec, rank=3, scale=1.0, seed=seed) for seed in (1, 2))
     both = {
         place: (np.concatenate([a, other[place][0]], axis=-2), np.concatenate([b, -0.5 * other[place][1]], axis=-1), 1.0)
@@ -343,6 +350,10 @@ def test_what_is_covered() -> None:
     shapes = [(a.shape, b.shape) for a, b in lora.to_adapter().tensors.values()]
     assert shapes == [((EXPERTS, 2, 32), (EXPERTS, 48, 2))] * 2 + [((EXPERTS, 2, 48), (EXPERTS, 32, 2))]
     assert len({parameter[:, e].tobytes() for parameter in lora.parameters[::2] for e in range(EXPERTS)}) == 3 * EXPERTS
+    beside = spec_of(32, 48, 2, True, "s")  # gate, up and down of a shared expert go by these names
+    assert TrainableLora(beside, rank=2).places == [(0, target) for target in (*"qkvo", *SHARED_TARGETS)]
+    assert TrainableLora(beside, rank=2, targets=("up",)).places == [(0, "shared_up")]
+    assert TrainableLora(beside, rank=2, targets=("experts",)).places == lora.places
     with pytest.raises(InputError, match="the model has none of them"):
         TrainableLora(spec_of(32, 32, 2, True, "d"), rank=2, targets=("experts",))
 

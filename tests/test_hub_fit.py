@@ -84,6 +84,18 @@ def test_of_experts_those_used_are_computed_and_all_are_stored() -> None:
     assert estimate(experts(), 10**9, MACHINE).decode_tokens_per_second == pytest.approx(dense_speed / share)
 
 
+def test_a_shared_expert_is_computed_for_every_token() -> None:
+    plain, width = experts(), 256
+    beside = dataclasses.replace(
+        plain, blocks=tuple(dataclasses.replace(block, shared=width if block.experts else 0) for block in plain.blocks)
+    )
+    assert beside.parameters() - plain.parameters() == 2 * 3 * width * 576
+    assert beside.active_parameters() - plain.active_parameters() == 2 * 3 * width * 576
+    assert fit.adapter_parameters(beside, 16) - fit.adapter_parameters(plain, 16) == 16 * 2 * 3 * (576 + width)
+    assert fit.adapter_parameters(beside, 16, ("experts",)) == fit.adapter_parameters(plain, 16, ("experts",))
+    assert fit.activation_bytes_per_token(beside) - fit.activation_bytes_per_token(plain) == 2 * 2 * 3 * width
+
+
 @pytest.mark.parametrize("larger", [False, True])
 def test_weights_beyond_memory_are_refused_unless_asked_for(larger: bool) -> None:
     assert fit.check_weights(10 * 10**9, MACHINE, larger_than_memory=larger) is None  # what is free is enough

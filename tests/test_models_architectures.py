@@ -18,7 +18,7 @@ from nomoat.files.gguf import open_gguf
 from nomoat.hub.describe import describe
 from nomoat.models import GGUF_ARCHITECTURES, HF_MODEL_TYPES, architecture, gguf_form, spec_from_gguf, spec_from_hf
 from nomoat.models.check import source_shapes
-from nomoat.models.spec import TARGETS, LayerSpec, ModelSpec, RopeSpec
+from nomoat.models.spec import SHARED_TARGETS, TARGETS, LayerSpec, ModelSpec, RopeSpec
 from tiny import _add
 
 GOLDEN: dict[str, dict[str, Any]] = json.loads(FILE.read_text(encoding="utf-8"))
@@ -52,6 +52,14 @@ EXPECTED: dict[str, dict[str, Any]] = {
     "qwen2": {"architecture": "qwen2", "blocks": (BLOCK,) * 2},
     "qwen2_window": {"architecture": "qwen2", "layers": 3, "blocks": blocks(0, 16, 16)},
     "qwen2_yarn": {"architecture": "qwen2"},
+    "qwen2_moe": {
+        "architecture": "qwen2moe", "experts_used": 2, "expert_norm": False,
+        "blocks": blocks(0, 0, experts=4, ffn=16, shared=24),
+    },
+    "qwen2_moe_dense_layers": {
+        "architecture": "qwen2moe", "layers": 4, "experts_used": 2,
+        "blocks": (*blocks(16), *blocks(0, 16, 0, experts=4, ffn=16, shared=24)),
+    },
     "qwen3": {"architecture": "qwen3", "tied_head": True, "head_dim": 16, "qk_norm": "head"},
     "qwen3_yarn": {"architecture": "qwen3", "head_dim": 16, "qk_norm": "head"},
     "qwen3_untruncated": {"architecture": "qwen3", "head_dim": 16, "qk_norm": "head"},
@@ -104,7 +112,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
 #: GGUF files of these hold q and k for rotation of pairs (2i, 2i + 1).
 INTERLEAVED = {"llama", "granite", "smollm3"}
 #: Dense layers in a mixture, which llama.cpp does not have there
-DENSE = {"qwen3moe": {"ffn_gate", "ffn_up", "ffn_down"}}
+DENSE = {name: {"ffn_gate", "ffn_up", "ffn_down"} for name in ("qwen2moe", "qwen3moe")}
 #: What GGUF has no key for.
 NOT_IN_GGUF = {"qwen3_untruncated": "ropes", "gemma2_uncapped": "score_cap", "smollm3_own_layers": "blocks"}
 
@@ -369,16 +377,34 @@ def test_the_largest_gemma_scales_scores_by_its_width(name: str, layers: int) ->
     assert form.score_scale == metadata[f"{form.architecture}.attention.scale"] == 0.25
 
 
+def test_older_files_of_qwen2moe(tmp_path: Path) -> None:
+    """Without widths of experts: the shared one is as wide as a dense MLP, the others share its width. A router may be a row."""
+    form, metadata, _ = gguf_form(
+        GOLDEN["qwen2_moe"]["config"] | {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 48}
+    )
+    older = {key: value for key, value in metadata.items() if not key.startswith("qwen2moe.expert_") or "count" in key}
+    assert len(older) == len(metadata) - 3
+    older["qwen2moe.feed_forward_length"] = 48
+    row = {f"blk.{i}.ffn_gate_inp_shexp.weight": np.zeros((1, 32), np.float32) for i in range(2)}
+    for replaced in ({}, row):
+        spec = read(write(tmp_path / "m.gguf", form, older, replaced))
+        assert (spec.blocks, spec.expert_norm) == (blocks(0, 0, experts=4, ffn=24, shared=48), False)
+    column = {name: values.T for name, values in row.items()}
+    with pytest.raises(ModelError, match=r"`blk.0.ffn_gate_inp_shexp.weight` has shape \(32, 1\)"):
+        read(write(tmp_path / "m.gguf", form, older, column))
+
+
 def test_tables() -> None:
     for name in set(HF_MODEL_TYPES.values()):
         spec = spec_from_hf(next(c["config"] for c in GOLDEN.values() if HF_MODEL_TYPES[c["config"]["model_type"]] == name), None)
         modules = architecture(spec).PEFT_MODULES
-        assert set(modules) == set(TARGETS) - (set() if spec.gated else {"gate"})
+        shared = {target for block in spec.blocks if block.shared for target in SHARED_TARGETS}
+        assert set(modules) == (set(TARGETS) - (set() if spec.gated else {"gate"})) | shared
         assert not architecture(spec).qk_permuted("hf")
         dense = [layer for layer, block in enumerate(spec.blocks) if not block.experts]
         for layer in dense:
-            for target, module in modules.items():
-                assert spec.tensors[f"blk.{layer}.{target}"].names[0].endswith(f"layers.{layer}.{module}.weight")
+            for target in spec.targets(layer):
+                assert spec.tensors[f"blk.{layer}.{target}"].names[0].endswith(f"layers.{layer}.{modules[target]}.weight")
 
 
 def test_show_explains_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -390,8 +416,13 @@ def test_show_explains_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         "embedding": {"F32": 1}, "norms": {"F32": 5}, "head": {"F32": 1}, "attention": {"F32": 8}, "router": {"F32": 2},
         "mlp": {"F32": 6},
     }  # fmt: skip
+    assert types("qwen2_moe")["router"] == {"F32": 2 * 2}
     assert types("starcoder2")["biases"] == {"F32": 2 * 8 + 1}
     write(tmp_path / "gemma2.gguf", *gguf_form(GOLDEN["gemma2"]["config"]))
-    for name, text in (("mixtral", "vocabulary 64, 4 experts of which 2 are used"), ("gemma2", "windows of 16 tokens")):
+    for name, text in (
+        ("mixtral", "vocabulary 64, 4 experts of which 2 are used"),
+        ("qwen2_moe", "4 experts of which 2 are used beside a shared one"),
+        ("gemma2", "windows of 16 tokens"),
+    ):
         main(["show", str(tmp_path / f"{name}.gguf")])
         assert text in " ".join(capsys.readouterr().out.split())

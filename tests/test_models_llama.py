@@ -238,7 +238,9 @@ def _patch_architecture_type(path: Path) -> None:
 def test_unknown_architecture_and_adapter(tmp_path: Path) -> None:
     error = refused(tmp_path, metadata={"general.architecture": "qwen\x1b[31m9"})
     assert error.code == "E_ARCH"
-    assert "supported: gemma2, gemma3, granite, llama, olmo2, phi3, qwen2, qwen3, qwen3moe, smollm3, starcoder2" in str(error)
+    assert "supported: gemma2, gemma3, granite, llama, olmo2, phi3, qwen2, qwen2moe, qwen3, qwen3moe, smollm3, starcoder2" in str(
+        error
+    )
     assert "\x1b" not in str(error)
     assert "adapter, not a model" in str(refused(tmp_path, metadata={"general.type": "adapter"}))
 

@@ -44,6 +44,11 @@ CONFIGS: list[tuple[str, dict[str, Any], str, str]] = [
     ("qwen3_moe", {"mlp_only_layers": [0] * 9}, "E_LIMIT", "mlp_only_layers"),
     ("qwen3_moe", {"mlp_only_layers": 1}, "E_TYPE", "mlp_only_layers"),
     ("qwen3_moe", {"norm_topk_prob": 1}, "E_TYPE", "norm_topk_prob"),
+    ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "E_ARCH", "shared_expert_intermediate_size"),
+    ("qwen2_moe", {"shared_expert_intermediate_size": HUGE}, "E_LIMIT", "shared_expert_intermediate_size"),
+    ("qwen2_moe", {"shared_expert_intermediate_size": "24"}, "E_TYPE", "shared_expert_intermediate_size"),
+    ("qwen2_moe", {"qkv_bias": 1}, "E_TYPE", "qkv_bias"),
+    ("qwen2_moe", {"num_experts": 0}, "E_ARCH", "num_experts"),
     ("qwen2_window", {"layer_types": ["full_attention"]}, "E_SHAPE", "3 values"),
     ("qwen2_window", {"layer_types": ["full_attention", "none", "full_attention"]}, "E_ARCH", "none"),
     ("qwen2_window", {"layer_types": [1, 2, 3]}, "E_TYPE", "layer_types"),
@@ -210,6 +215,12 @@ METADATA: list[tuple[str, dict[str, Any], str, str]] = [
     ("mixtral", {"expert_weights_scale": 2.5}, "E_ARCH", "expert_weights_scale"),
     ("qwen3_moe", {"expert_feed_forward_length": 17}, "E_SHAPE", "_exps.weight"),
     ("qwen3_moe", {"expert_weights_norm": 1}, "E_TYPE", "expert_weights_norm"),
+    ("qwen3_moe", {"expert_shared_feed_forward_length": 24}, "E_ARCH", "expert_shared_feed_forward_length"),
+    ("qwen2_moe", {"expert_shared_feed_forward_length": 25}, "E_SHAPE", "_shexp.weight"),
+    ("qwen2_moe", {"expert_shared_feed_forward_length": None}, "E_SHAPE", "_shexp.weight"),
+    ("qwen2_moe", {"expert_shared_feed_forward_length": 1 << 30}, "E_LIMIT", "expert_shared_feed_forward_length"),
+    ("qwen2_moe", {"expert_shared_feed_forward_length": -1}, "E_ARCH", "expert_shared_feed_forward_length"),
+    ("qwen2_moe", {"expert_count": None}, "E_ARCH", "tensors of experts are in the file"),
     ("qwen2_yarn", {"rope.scaling.type": "ntk\x1b[31m"}, "E_ARCH", "rope.scaling.type"),
     ("qwen2_yarn", {"rope.scaling.factor": NAN}, "E_NONFINITE", "rope.scaling.factor"),
     ("qwen2_yarn", {"rope.scaling.yarn_beta_fast": 0.0}, "E_LIMIT", "yarn_beta_fast"),
@@ -256,7 +267,7 @@ def test_rotary_divisors(name: str, tensor: str, values: Any, code: str, tmp_pat
     assert (caught.value.code, tensor in str(caught.value)) == (code, True)
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe_dense_layers", "gemma3_text", "phi3", "olmo2", "starcoder2", "mixtral"])
+@pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_moe_dense_layers", "gemma3_text", "phi3", "olmo2", "starcoder2", "mixtral"])
 def test_missing_and_misshapen_tensors_of_gguf(name: str, tmp_path: Path) -> None:
     """Each tensor of layer 1 in turn: without it, and with twice its first dimension."""
     form, metadata, divisors = gguf_form(GOLDEN[name]["config"])

@@ -179,6 +179,8 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: engine({"window": -1}), "window"),
     (lambda: engine({"rope": 1}), "rope 1 of 1"),
     (lambda: engine({"experts": 4, "ffn": 24}), "multiple of 16"),
+    (lambda: engine({"shared": 32}), "beside others"),
+    (lambda: engine({"experts": 4, "shared": -1}), "must not be negative"),
     (lambda: engine(qk_norm=3), "qk_norm"),
     (lambda: engine(score_cap=-1.0), "caps"),
     (lambda: engine(head_dim=15), "head dimension"),

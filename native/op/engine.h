@@ -17,7 +17,7 @@ namespace nomoat {
 
 enum class Mode : int { int8, bf16, f32 };  // activations of the products with weights
 
-enum Target { kQ, kK, kV, kO, kGate, kUp, kDown, kTargets };
+enum Target { kQ, kK, kV, kO, kGate, kUp, kDown, kSharedGate, kSharedUp, kSharedDown, kTargets };
 
 inline int padded(int n) { return round_up(n, 32); }
 
@@ -102,6 +102,7 @@ struct LayerTape {
   Buffer x, q, k, v, mixed, lse, middle, gate, up;  // q and k: rotated and scaled; before their norms where they have norms
   Buffer attn_branch, mlp_branch;                   // before their post-norms
   Buffer routing, chosen;                           // of experts: op/moe.cc; gate and up then have a row for each pair
+  Buffer shared_gate, shared_up, shared_weight;     // of the shared expert
   std::array<Buffer, kTargets> u;                   // rank-r intermediates, float32
 };
 
@@ -110,6 +111,7 @@ struct Layer {
   int window = 0;   // keys that a row sees; 0 = all
   int rope = 0;     // which of the engine's rotations; -1 = none
   int experts = 0;  // 0 = one dense MLP
+  int shared = 0;   // width of the expert that every row goes through; 0 = none
   // With experts, gate, up and down hold all of them, one below the other: [experts * N][K].
   std::array<Matrix, kTargets> w;
   Matrix router;                              // [experts][D]
@@ -117,6 +119,10 @@ struct Layer {
   const float *attn_norm = nullptr, *attn_norm_bias = nullptr, *attn_post_norm = nullptr;
   const float *mlp_norm = nullptr, *mlp_norm_bias = nullptr, *mlp_post_norm = nullptr;
   const float *q_norm = nullptr, *k_norm = nullptr;
+  const float* shared_router = nullptr;  // [D]
+
+  // The first targets, which the layer may have.
+  int targets() const { return shared ? kTargets : kSharedGate; }
 
   // One expert's weight as a matrix of its own: its rows are a multiple of a strip's.
   Matrix expert(Target target, int index) const {
@@ -130,8 +136,9 @@ struct Layer {
 // Rows and columns of a target's weight; with experts, of all of them one below the other.
 inline std::pair<int, int> linear_shape(const Dims& dims, const Layer& layer, int target) {
   const int experts = layer.experts ? layer.experts : 1, q = layer.heads * dims.head_dim, kv = layer.kv_heads * dims.head_dim;
-  const int rows[] = {q, kv, kv, dims.width, experts * layer.ffn, experts * layer.ffn, experts * dims.width};
-  const int cols[] = {dims.width, dims.width, dims.width, q, dims.width, dims.width, layer.ffn};
+  const int wide = dims.width, ffn = experts * layer.ffn, shared = layer.shared;
+  const int rows[] = {q, kv, kv, wide, ffn, ffn, experts * wide, shared, shared, shared ? wide : 0};
+  const int cols[] = {wide, wide, wide, q, wide, wide, layer.ffn, wide, wide, shared};
   return {rows[target], cols[target]};
 }
 
@@ -170,7 +177,7 @@ struct Engine {
   // scratch, grown on demand; names say who uses them
   Buffer normed, normed_low, blocks, q8, q, k, v, attn_q, attn_k, attn_v, mixed, mixed_flat, gate, up, act, act_low, du, logits,
       lse, dy_low, dx, dgate, dup, dmixed, dq, dk, dv, head_x, head_dx, x_wide, shared, turned_q, turned_k, branch, d_branch,
-      routing, chosen, pair_x, pair_dy, pair_low, pair_q, pair_blocks, pair_out, d_routing;
+      routing, chosen, pair_x, pair_dy, pair_low, pair_q, pair_blocks, pair_out, d_routing, shared_weight;
   std::array<Buffer, kTargets> target_u;
   std::vector<Buffer> thread_scratch = std::vector<Buffer>(256);
 };

@@ -2,6 +2,8 @@
 // probabilities softmax(router h), over all experts, or these divided by the sum of those used (`expert_norm`). The weight stands
 // before the down product, so that what this takes and gives back is what its adapter needs, forward and backward.
 //
+// A shared expert is one more, of its own width, that every row goes through with w = sigmoid(shared_router . h). It comes first.
+//
 // A pair is a row and one of its experts. Pairs are sorted by expert, then by row, so that an expert's rows lie together and run
 // as one product; a row adds its experts up in order of their index, whatever runs beside it.
 //
@@ -9,7 +11,9 @@
 // The router is float32 in every mode: which experts a row gets must not depend on how its other products are rounded.
 
 #include <algorithm>
+#include <cmath>
 #include <deque>
+#include <numeric>
 
 #include "op/engine.h"
 
@@ -180,14 +184,45 @@ void activate(const Dims& dims, const float* gate, const float* up, int pairs, i
   });
 }
 
-// out[i] = weights[row[i]] * act[i], weights with a stride
+// out[i] = weights[row[i]] * act[i], weights with a stride; without `row`, pair i is of row i
 void weigh(const float* act, const int* row, const float* weights, int stride, int pairs, int ffn, float* out) {
   for_rows(pairs, 8, [&](int first, int last) {
     for (int i = first; i < last; i++) {
-      const float weight = weights[size_t(row[i]) * stride];
+      const float weight = weights[size_t(row ? row[i] : i) * stride];
       for (size_t at = size_t(i) * ffn; at < size_t(i + 1) * ffn; at++) out[at] = weight * act[at];
     }
   });
+}
+
+// What the shared expert adds to the branch, or writes to it where the branch begins at zero. `input` is made of h.
+void shared_forward(Engine& engine, int layer, Mode mode, const float* h, const Activations& input, const Batch& batch,
+                    const Branch& branch, LayerTape* tape) {
+  const Dims& dims = engine.dims;
+  const Layer& own = engine.layers[size_t(layer)];
+  const int width = padded(dims.width), ffn = padded(own.shared);
+  const size_t rows = size_t(batch.rows);
+  float *gate = engine.gate.get<float>(rows * ffn), *up = engine.up.get<float>(rows * ffn),
+        *act = engine.act.get<float>(rows * ffn), *weight = (tape ? tape->shared_weight : engine.shared_weight).get<float>(rows);
+  const auto u = [&](Target target) { return tape ? &tape->u[target] : nullptr; };
+  const LinearJob in[] = {{&own.w[kSharedGate], kSharedGate, gate, ffn, false, u(kSharedGate)},
+                          {&own.w[kSharedUp], kSharedUp, up, ffn, false, u(kSharedUp)}};
+  linear(engine, input, in, 2, batch, layer);
+  for_rows(batch.rows, 8, [&](int first, int last) {
+    for (int m = first; m < last; m++) {
+      const float one = 1;
+      kernels().lora_shrink(h + size_t(m) * width, own.shared_router, width, &one, 1, width, weight + m);
+      weight[m] = float(1 / (1 + std::exp(-double(weight[m]))));
+    }
+  });
+  activate(dims, gate, up, batch.rows, ffn, act);
+  weigh(act, nullptr, weight, 1, batch.rows, ffn, act);
+  if (tape) {
+    save_rows(mode, gate, rows * ffn, tape->shared_gate);
+    save_rows(mode, up, rows * ffn, tape->shared_up);
+  }
+  const Activations middle = prepare(mode, engine.digits[3], act, batch.rows, ffn, engine.act_low, engine.q8, engine.blocks);
+  const LinearJob out[] = {{&own.w[kSharedDown], kSharedDown, branch.to, width, branch.direct, u(kSharedDown)}};
+  linear(engine, middle, out, 1, batch, layer);
 }
 
 }  // namespace
@@ -203,30 +238,32 @@ void moe_forward(Engine& engine, int layer, Mode mode, float* x, const Batch& ba
   route(engine, own, h, batch.rows, weights, chosen);
   const Pairs pairs = sort_by_expert(chosen, batch.rows, used, own.experts);
   const Activations input = prepare(mode, engine.digits[2], h, batch.rows, width, engine.normed_low, engine.q8, engine.blocks);
-  float *gate = engine.gate.get<float>(count * ffn), *up = engine.up.get<float>(count * ffn),
-        *act = engine.act.get<float>(count * ffn), *out = engine.pair_out.get<float>(count * width);
   PairBatch runs;
   batch_pairs(dims, own, layer, pairs, batch, runs);
+  const bool wide = own.w[kGate].floating() || own.w[kUp].floating() || runs.on_input;
+  const Activations gathered = gather(engine, input, pairs, wide);
+  if (tape) save_rows(mode, x, rows * width, tape->middle);
+  const Branch branch = branch_of(engine, own.mlp_post_norm, x, batch.rows);
+  if (own.shared) shared_forward(engine, layer, mode, h, input, batch, branch, tape);  // it may add to x: h is not needed again
+  float *gate = engine.gate.get<float>(count * ffn), *up = engine.up.get<float>(count * ffn),
+        *act = engine.act.get<float>(count * ffn), *out = engine.pair_out.get<float>(count * width);
   const Output gate_up[] = {{kGate, gate, ffn, tape ? &tape->u[kGate] : nullptr}, {kUp, up, ffn, tape ? &tape->u[kUp] : nullptr}},
                down[] = {{kDown, out, width, tape ? &tape->u[kDown] : nullptr}};
-  const bool wide = own.w[kGate].floating() || own.w[kUp].floating() || runs.on_input;
-  run_experts(engine, own, pairs, runs.batch, gather(engine, input, pairs, wide), gate_up, 2);
+  run_experts(engine, own, pairs, runs.batch, gathered, gate_up, 2);
   activate(dims, gate, up, pairs.count(), ffn, act);
   for (int e = 0; e < own.experts; e++)
     if (const size_t first = size_t(pairs.start[size_t(e)]); pairs.of(e))
       weigh(act + first * ffn, pairs.row.data() + first, weights + e, stride, pairs.of(e), ffn, act + first * ffn);
   if (tape) {
-    save_rows(mode, x, rows * width, tape->middle);
     save_rows(mode, gate, count * ffn, tape->gate);
     save_rows(mode, up, count * ffn, tape->up);
   }
   const Activations middle = prepare(mode, engine.digits[3], act, pairs.count(), ffn, engine.act_low, engine.q8, engine.blocks);
   run_experts(engine, own, pairs, runs.batch, middle, down, 1);
-  const Branch branch = branch_of(engine, own.mlp_post_norm, x, batch.rows);
   for_rows(batch.rows, 4, [&](int first, int last) {
     for (size_t m = size_t(first); m < size_t(last); m++) {
       float* to = branch.to + m * width;
-      if (!branch.direct) std::memset(to, 0, size_t(width) * sizeof(float));
+      if (!branch.direct && !own.shared) std::memset(to, 0, size_t(width) * sizeof(float));
       for (size_t i = m * used; i < (m + 1) * used; i++) kernels().axpy(out + size_t(pairs.place[i]) * width, 1, width, to);
     }
   });
@@ -237,6 +274,7 @@ namespace {
 
 // What goes back through one expert: dx of its rows in, dh of its rows out (added), and the gradient of its weight in them.
 struct ExpertBackward {
+  Matrix w_gate, w_up, w_down;
   const float *gate, *up;  // [rows of the expert][ffn padded]
   const int* row;          // its rows
   const float* weight;     // [all rows], stride `stride`
@@ -246,12 +284,11 @@ struct ExpertBackward {
   int rows, stride;
 };
 
-void expert_backward(Engine& engine, const Layer& own, int expert, const ExpertBackward& e, const LoraSet* adapters,
-                     const float* dx, float* dh) {
+// `adapters`: of one layer, with those of the expert in the places of gate, up and down.
+void expert_backward(Engine& engine, const ExpertBackward& e, const LoraSet* adapters, const float* dx, float* dh) {
   const Dims& dims = engine.dims;
-  const int width = padded(dims.width), ffn = padded(own.ffn);
+  const int width = padded(dims.width), ffn = padded(e.w_gate.rows);
   const size_t rows = size_t(e.rows);
-  const Matrix gate = own.expert(kGate, expert), up = own.expert(kUp, expert), down = own.expert(kDown, expert);
   Batch batch;
   batch.rows = e.rows;
   batch.segments = {{0, e.rows, 0, nullptr, adapters}};
@@ -269,7 +306,7 @@ void expert_backward(Engine& engine, const Layer& own, int expert, const ExpertB
     weigh(act, e.row, e.weight, e.stride, e.rows, ffn, taken);
     middle = prepare(e.input.mode, 1, taken, e.rows, ffn, engine.act_low, engine.q8, engine.blocks);
   }
-  const LinearBackwardJob out[] = {{&down, kDown, dy, width, e.u[kDown]}};
+  const LinearBackwardJob out[] = {{&e.w_down, kDown, dy, width, e.u[kDown]}};
   linear_backward(engine, middle, out, 1, batch, 0, d_act, ffn);  // the gradient of what the weight multiplies, times it below
   for_rows(e.rows, 8, [&](int first, int last) {
     for (int i = first; i < last; i++) {
@@ -281,7 +318,7 @@ void expert_backward(Engine& engine, const Layer& own, int expert, const ExpertB
                                                                               d_gate + at, d_up + at);
     }
   });
-  const LinearBackwardJob in[] = {{&gate, kGate, d_gate, ffn, e.u[kGate]}, {&up, kUp, d_up, ffn, e.u[kUp]}};
+  const LinearBackwardJob in[] = {{&e.w_gate, kGate, d_gate, ffn, e.u[kGate]}, {&e.w_up, kUp, d_up, ffn, e.u[kUp]}};
   float* d_input = engine.pair_dy.get<float>(rows * width);
   linear_backward(engine, e.input, in, 2, batch, 0, d_input, width);
   for_rows(e.rows, 8, [&](int first, int last) {
@@ -315,6 +352,41 @@ void router_backward(Engine& engine, const Layer& own, const Pairs& pairs, const
   });
 }
 
+// As an expert of all rows; then d z = d weight * weight (1 - weight) through weight = sigmoid(shared_router . h).
+void shared_backward(Engine& engine, int layer, Mode mode, const Activations& input, const Batch& batch, const LayerTape& tape,
+                     const float* dx, float* dh) {
+  const Layer& own = engine.layers[size_t(layer)];
+  const int width = padded(engine.dims.width), ffn = padded(own.shared);
+  const size_t rows = size_t(batch.rows);
+  std::vector<int> row(rows);
+  std::iota(row.begin(), row.end(), 0);
+  const float* weight = tape.shared_weight.data<float>();
+  float* d_weight = engine.d_routing.get<float>(rows);
+  ExpertBackward all{own.w[kSharedGate],
+                     own.w[kSharedUp],
+                     own.w[kSharedDown],
+                     load_rows(mode, tape.shared_gate, rows * ffn, engine.gate),
+                     load_rows(mode, tape.shared_up, rows * ffn, engine.up),
+                     row.data(),
+                     weight,
+                     d_weight,
+                     input,
+                     {},
+                     batch.rows,
+                     1};
+  LoraSet set(1);
+  for (const Target target : {kGate, kUp, kDown}) {
+    const Target shared = Target(target - kGate + kSharedGate);
+    if (batch.lora()) set[0][target] = (*batch.lora())[size_t(layer)][shared];
+    if (set[0][target].rank) all.u[target] = tape.u[shared].data<float>();
+  }
+  expert_backward(engine, all, &set, dx, dh);
+  for_rows(batch.rows, 8, [&](int first, int last) {
+    for (int m = first; m < last; m++)
+      kernels().axpy(own.shared_router, d_weight[m] * weight[m] * (1 - weight[m]), width, dh + size_t(m) * width);
+  });
+}
+
 }  // namespace
 
 void moe_backward(Engine& engine, int layer, Mode mode, float* dx, const Batch& batch, const LayerTape& tape) {
@@ -332,14 +404,19 @@ void moe_backward(Engine& engine, int layer, Mode mode, float* dx, const Batch& 
   const float* x = load_rows(mode, tape.middle, rows * width, engine.x_wide);
   const LoraSet* set = batch.lora();                                                     // a training step has one
   Activations input{mode, pairs.count(), width, 0, nullptr, nullptr, nullptr, nullptr};  // only adapters need more of it
-  if (adapted(set, layer, {kGate, kUp})) {
+  Activations shared_input{mode, batch.rows, width, 0, nullptr, nullptr, nullptr, nullptr};
+  if (adapted(set, layer, {kGate, kUp, kSharedGate, kSharedUp})) {
     const float* h = normed(engine, x, own.mlp_norm, own.mlp_norm_bias, batch.rows);
-    input = gather(engine, prepare(mode, 1, h, batch.rows, width, engine.normed_low, engine.q8, engine.blocks), pairs, false);
+    shared_input = prepare(mode, 1, h, batch.rows, width, engine.normed_low, engine.q8, engine.blocks);
+    if (adapted(set, layer, {kGate, kUp})) input = gather(engine, shared_input, pairs, false);
   }
   for (int e = 0; e < own.experts; e++) {
     const size_t first = size_t(pairs.start[size_t(e)]), at = first * size_t(width);
     const LoraSet own_set = set ? expert_set(engine.dims, own, *set, layer, e) : LoraSet(1);
-    ExpertBackward expert{gate + first * ffn,
+    ExpertBackward expert{own.expert(kGate, e),
+                          own.expert(kUp, e),
+                          own.expert(kDown, e),
+                          gate + first * ffn,
                           up + first * ffn,
                           pairs.row.data() + first,
                           weights + e,
@@ -353,9 +430,10 @@ void moe_backward(Engine& engine, int layer, Mode mode, float* dx, const Batch& 
     if (input.low) expert.input.low += at;
     for (const Target target : {kGate, kUp, kDown})
       if (const int rank = own_set[0][target].rank) expert.u[target] = tape.u[target].data<float>() + first * size_t(rank);
-    if (expert.rows) expert_backward(engine, own, e, expert, &own_set, d_branch, dh);
+    if (expert.rows) expert_backward(engine, expert, &own_set, d_branch, dh);
   }
   router_backward(engine, own, pairs, chosen, weights, d_weights, batch.rows, dh);
+  if (own.shared) shared_backward(engine, layer, mode, shared_input, batch, tape, d_branch, dh);
   normed_backward(engine, x, own.mlp_norm, dh, batch.rows, dx);
 }
 

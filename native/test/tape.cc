@@ -47,11 +47,13 @@ struct Model {
       Layer& own = engine.layers[size_t(layer)];
       if (!own.heads) own.heads = 4, own.kv_heads = 2, own.ffn = 96;
       own.experts = kind == Kind::experts && layer != 1 ? 3 : 0;
-      for (int t = 0; t < kTargets; t++) {
+      own.shared = own.experts && layer == 2 ? 64 : 0;
+      for (int t = 0; t < own.targets(); t++) {
         const auto [rows, cols] = linear_shape(d, own, t);
         own.w[size_t(t)] = add(format, rows, cols);
       }
       if (own.experts) own.router = add(format, own.experts, d.width);
+      if (own.shared) own.shared_router = vector(d.width, 0);
       own.attn_norm = own.mlp_norm = norm.data();
       if (enriched(kind)) add_vectors(own, d);
     }
@@ -83,7 +85,7 @@ struct Model {
   }
 
   void add_vectors(Layer& own, const Dims& d) {
-    for (int t = 0; t < kTargets; t++) own.bias[size_t(t)] = vector(linear_shape(d, own, t).first, 0);
+    for (int t = 0; t <= kDown; t++) own.bias[size_t(t)] = vector(linear_shape(d, own, t).first, 0);
     own.attn_post_norm = vector(d.width, 1);
     own.mlp_post_norm = vector(d.width, 1);
     if (d.layer_norm) own.attn_norm_bias = vector(d.width, 0);
@@ -98,7 +100,7 @@ struct Model {
 
   // The scale of the first block of a row becomes `bits`, an fp16.
   void poison(int layer, int target, int row, uint16_t bits) {
-    Weights& w = *weights[size_t(layer * kTargets + target)];
+    Weights& w = *weights[size_t(layer * kSharedGate + target)];
     uint8_t* block = w.gguf.data() + size_t(row) * gguf_row_bytes(w.format, w.cols);
     block[0] = uint8_t(bits);
     block[1] = uint8_t(bits >> 8);
@@ -114,13 +116,13 @@ struct Adapter {
   Adapter(const Model& model, int rank, int trained) : set(model.engine.layers.size()) {
     Random random(300);
     for (size_t layer = 0; layer < set.size(); layer++)
-      for (size_t t = 0; t < kTargets; t++) {
+      for (size_t t = 0; t < size_t(model.engine.layers[layer].targets()); t++) {
         const Layer& own = model.engine.layers[layer];
         const Matrix& w = own.w[t];
         Lora& l = set[layer][t];
         l.rank = rank;
         l.trained = rank - trained;
-        l.lda = w.cols * (own.experts && t >= kGate ? own.experts : 1);
+        l.lda = w.cols * (own.experts && t >= kGate && t <= kDown ? own.experts : 1);
         l.ldb = w.rows;  // those of all experts
         l.a = add(random.floats(size_t(rank * l.lda), -0.2f, 0.2f));
         l.bt = add(random.floats(size_t(rank * l.ldb), -0.2f, 0.2f));
@@ -309,7 +311,7 @@ TEST("tape: gradients of the trained ranks do not depend on where the frozen ran
   CHECK(same_bits(all.logp, some.logp) && same_bits(all.dx, some.dx), "freezing ranks changed the step");
   size_t at_all = 0, at_some = 0;
   for (size_t layer = 0; layer < model.engine.layers.size(); layer++)
-    for (size_t t = 0; t < kTargets; t++)
+    for (size_t t = 0; t <= kDown; t++)
       for (int width : {model.engine.layers[layer].w[t].cols, model.engine.layers[layer].w[t].rows}) {
         CHECK(same_bits(&all.gradients[at_all + size_t(4 * width)], &some.gradients[at_some], size_t(3 * width) * sizeof(float)),
               "layer %zu, target %zu", layer, t);
@@ -352,7 +354,7 @@ TEST("tape: rows of one batch are what they are alone") {
 TEST("tape: a NaN or infinite scale in any linear reaches the logits and the log-probabilities") {
   for_levels([](const Kernels& k) {
     for (uint16_t bits : {0x7e00, 0x7c00})  // NaN, infinity
-      for (int target = 0; target < kTargets; target++) {
+      for (int target = 0; target <= kDown; target++) {
         Model model(Format::Q4_0);
         model.poison(1, target, 5, bits);
         for (Mode mode : {Mode::int8, Mode::bf16, Mode::f32}) {

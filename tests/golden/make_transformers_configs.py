@@ -66,6 +66,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1, "num_hidden_layers": 3},
     ),
     "qwen2_yarn": ("Qwen2ForCausalLM", {"rope_parameters": YARN}),
+    "qwen2_moe": ("Qwen2MoeForCausalLM", MIXTURE | {"shared_expert_intermediate_size": 24}),
+    "qwen2_moe_dense_layers": (
+        "Qwen2MoeForCausalLM",
+        MIXTURE
+        | {"num_hidden_layers": 4, "mlp_only_layers": [0], "qkv_bias": False, "norm_topk_prob": True}
+        | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 3, "shared_expert_intermediate_size": 24},
+    ),
     "qwen3": ("Qwen3ForCausalLM", {"tie_word_embeddings": True, "head_dim": 16}),
     "qwen3_yarn": ("Qwen3ForCausalLM", {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.0}, "head_dim": 16}),
     "qwen3_untruncated": (

@@ -103,6 +103,8 @@ def lora_modules(model: PeftModel) -> dict[Place, tuple[torch.nn.Linear, torch.n
     found = {}
     base = model.base_model.model
     for name, places in groups(spec_of(base)).items():
+        if ".experts." in name:  # parameters, not modules
+            continue
         module = base.get_submodule(path(base, name))
         if hasattr(module, "lora_A"):
             found[places[0]] = (module.lora_A["default"], module.lora_B["default"])

@@ -122,8 +122,30 @@ def test_adapters_on_experts_travel_both_ways(name: str, source: str, tmp_path: 
     assert load_adapter(tmp_path / "saved", base.spec)[0].digest == adapter_of(lora).digest
 
 
+@pytest.mark.parametrize(("name", "source"), [("qwen2_moe", "gguf"), ("qwen2_moe", "hf"), ("qwen2_moe_dense", "hf")])
+def test_adapters_on_shared_experts_travel_both_ways(name: str, source: str, tmp_path: Path) -> None:
+    """They are modules in PEFT, as everywhere; adapters on the experts beside them are not seen there."""
+    folder = ROWS[name].folder(tmp_path / "base")
+    base = Reference.load(ROWS[name].gguf_file(tmp_path / "base.gguf") if source == "gguf" else folder)
+    lora = random_lora(base.spec, rank=4, scale=0.5, targets=TARGETS)
+    assert (0, "shared_down") in lora
+    save_adapter(tmp_path / "adapter", adapter_of(lora), base.spec, {})
+    peer = peft_side.load_base(folder, torch.float64)
+    plain = peft_logits(peer)
+    model = PeftModel.from_pretrained(peer, tmp_path / "adapter")
+    expected = peft_logits(model)
+    np.testing.assert_allclose(base.logits(TOKENS, lora=lora), expected, rtol=0, atol=TOLERANCE)
+    assert np.abs(expected - plain).max() > 100 * TOLERANCE  # the adapter matters
+    model.float().save_pretrained(tmp_path / "saved")
+    assert load_adapter(tmp_path / "saved", base.spec)[0].digest == adapter_of(lora).digest
+    both = lora | random_lora(base.spec, rank=4, scale=0.5, targets=("experts",))
+    save_adapter(tmp_path / "both", adapter_of(both), base.spec, {})
+    model = PeftModel.from_pretrained(peft_side.load_base(folder, torch.float64), tmp_path / "both")
+    np.testing.assert_allclose(peft_logits(model), expected, rtol=0, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("parameters", [["gate_up_proj", "down_proj"], ["mlp.experts.down_proj"], ["experts.gate_up_proj"]])
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize("name", [*MIXTURES, "qwen2_moe"])
 def test_adapters_on_parameters_saved_by_peft_load_here(name: str, parameters: list[str], tmp_path: Path) -> None:
     folder = ROWS[name].folder(tmp_path / "base")
     base = Reference.load(folder)

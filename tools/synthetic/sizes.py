@@ -28,6 +28,7 @@ FAMILIES = {
     "mistral": Family("MistralForCausalLM", "pieces"),
     "mixtral": Family("MixtralForCausalLM", "pieces"),
     "qwen2": Family("Qwen2ForCausalLM", "bytes"),
+    "qwen2_moe": Family("Qwen2MoeForCausalLM", "bytes"),
     "qwen3": Family("Qwen3ForCausalLM", "bytes"),
     "qwen3_moe": Family("Qwen3MoeForCausalLM", "bytes"),
     "gemma2": Family("Gemma2ForCausalLM", "pieces"),
@@ -101,6 +102,13 @@ PUBLISHED: dict[str, dict[str, Config]] = {
     "qwen2": {
         "qwen2.5-0.5b": {**shape(24, 896, 4864, 14, 2, 151936, 32768), **QWEN, "tie_word_embeddings": True},
         "qwen2.5-7b": {**shape(28, 3584, 18944, 28, 4, 152064, 32768), **QWEN, "tie_word_embeddings": False},
+    },
+    "qwen2_moe": {
+        "qwen1.5-moe-a2.7b": {
+            **shape(24, 2048, 5632, 16, 16, 151936, 8192), **QWEN, "tie_word_embeddings": False,
+            "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408, "norm_topk_prob": False,
+            "shared_expert_intermediate_size": 5632, "decoder_sparse_step": 1, "mlp_only_layers": [],
+        },
     },
     "qwen3": {
         "qwen3-0.6b": {**shape(28, 1024, 3072, 16, 8, 151936, 40960), **QWEN3, "tie_word_embeddings": True},

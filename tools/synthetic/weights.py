@@ -54,7 +54,8 @@ def file_tensors(spec: ModelSpec) -> list[FileTensor]:
             for expert, name in enumerate(source.names):
                 found[name] = FileTensor(name, shape[1:], (Part(engine, expert),), source.add)
         else:
-            found[source.names[0]] = FileTensor(source.names[0], shape, (Part(engine),), source.add)
+            stored_shape = (1, *shape) if source.one_row else shape
+            found[source.names[0]] = FileTensor(source.names[0], stored_shape, (Part(engine),), source.add)
     for name, pieces in fused.items():
         engines = [engine for _, engine in sorted(pieces)]
         shapes = [spec.tensor_shape(engine) for engine in engines]
@@ -75,8 +76,9 @@ def _part(spec: ModelSpec, part: Part, seed: int, *, turned: bool) -> Iterator[F
     shape = spec.tensor_shape(part.engine)
     kind = part.engine.rpartition(".")[2]
     if len(shape) == 1:
-        whole = Stream(seed, part.engine).normals(shape[0]) * np.float32(VECTOR_DEVIATION)
-        whole = whole if kind.endswith("_bias") else 1 + whole
+        deviation = shape[0] ** -0.5 if kind == "shared_router" else VECTOR_DEVIATION  # the one vector that is multiplied with
+        whole = Stream(seed, part.engine).normals(shape[0]) * np.float32(deviation)
+        whole = whole if kind.endswith(("_bias", "_router")) else 1 + whole
         yield whole[_row_order(spec, len(whole))] if turned and kind in ("q_bias", "k_bias") else whole
         return
     columns = shape[-1]

@@ -23,7 +23,7 @@ from nomoat.engine.stack import Adapter
 from nomoat.errors import AdapterError, NotFoundError, printable
 from nomoat.files.atomic import atomic_folder, sweep
 from nomoat.files.safetensors import open_safetensors, write_safetensors
-from nomoat.models.spec import TARGETS, ModelSpec
+from nomoat.models.spec import LINEARS, ModelSpec
 
 #: nomoat.json. Keys: format, base, rank, alpha, targets, chat_template, stop_ids, recipe, data, engine, evaluation, licences,
 #: parents, files. `base` is a `Model.fingerprint` and `model`, the catalogue name. `evaluation` is
@@ -205,7 +205,7 @@ def save_adapter(path: Path | str, adapter: Adapter, spec: ModelSpec, manifest: 
             "format": FORMAT,
             "rank": adapter.rank,
             "alpha": adapter.alpha,
-            "targets": [target for target in TARGETS if target in adapter.targets],
+            "targets": [target for target in LINEARS if target in adapter.targets],
             "files": files,
         }
         (new / MANIFEST).write_text(_json({**manifest, **facts}), encoding="utf-8")

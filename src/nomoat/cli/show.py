@@ -86,6 +86,7 @@ def _dimensions(found: Description) -> str:
         f"{spec.layers} layers, width {spec.width:,}, {spec.heads} heads ({spec.kv_heads} for keys and values), "
         f"ffn {spec.ffn:,}, vocabulary {spec.vocab:,}"
         + (f", {experts:,} experts of which {spec.experts_used:,} are used" if experts else "")
+        + (" beside a shared one" if any(block.shared for block in spec.blocks) else "")
         + (f", windows of {' and '.join(f'{window:,}' for window in windows)} tokens" if windows else "")
     )
 

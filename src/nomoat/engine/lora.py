@@ -11,7 +11,7 @@ import numpy.typing as npt
 from nomoat import _native
 from nomoat.engine.stack import Adapter, Place, Stack, StackedLinear, natural
 from nomoat.errors import InputError
-from nomoat.models.spec import COVERABLE, TARGETS, ModelSpec
+from nomoat.models.spec import COVERABLE, LINEARS, TARGETS, ModelSpec
 
 Float32 = npt.NDArray[np.float32]
 
@@ -24,7 +24,7 @@ def native_set(stack: Stack, layers: int) -> _native.LoraSet:
     if found is None:
         found = _native.LoraSet(layers)
         for (layer, target), linear in stack.linears.items():
-            found.set(layer, TARGETS.index(target), linear.a, linear.bt, linear.scale)
+            found.set(layer, LINEARS.index(target), linear.a, linear.bt, linear.scale)
         _sets[stack] = found
     return found
 
@@ -56,7 +56,7 @@ class TrainableLora:
         if not 1 <= rank <= smallest:
             raise InputError(f"rank {rank}; expected 1 to {smallest}, the smallest side of a linear here", code="E_LIMIT")
         self.spec, self.rank, self.alpha = spec, rank, alpha
-        self.targets = tuple(target for target in TARGETS if any(target == place[1] for place in places))
+        self.targets = tuple(target for target in LINEARS if any(target == place[1] for place in places))
         self.base = base
         self.names: list[str] = []
         self.parameters: list[Float32] = []
@@ -69,7 +69,7 @@ class TrainableLora:
             if (layer, target) in places:
                 self._add(layer, target, seed, frozen)
             elif frozen is not None:
-                self.native.set(layer, TARGETS.index(target), frozen.a, frozen.bt, frozen.scale)
+                self.native.set(layer, LINEARS.index(target), frozen.a, frozen.bt, frozen.scale)
 
     def _add(self, layer: int, target: str, seed: int, frozen: StackedLinear | None) -> None:
         rows, cols = self.spec.linear_shape(target, layer)
@@ -81,11 +81,11 @@ class TrainableLora:
         scale = np.full(beneath + self.rank, self.alpha / self.rank, np.float32)
         if frozen is not None:
             a[:beneath], bt[:beneath], scale[:beneath] = frozen.a, frozen.bt, frozen.scale
-        words = np.random.PCG64(np.random.SeedSequence([seed, layer, TARGETS.index(target)])).random_raw(a[beneath:].size)
+        words = np.random.PCG64(np.random.SeedSequence([seed, layer, LINEARS.index(target)])).random_raw(a[beneath:].size)
         uniform = (words >> np.uint64(40)).astype(np.float64) / 2.0**24  # raw words: a stream that NumPy guarantees
         a[beneath:] = ((2 * uniform - 1) / np.sqrt(cols)).reshape(a[beneath:].shape)
         da, dbt = np.zeros_like(a[beneath:]), np.zeros_like(bt[beneath:])
-        self.native.set(layer, TARGETS.index(target), a, bt, scale, da, dbt)
+        self.native.set(layer, LINEARS.index(target), a, bt, scale, da, dbt)
         self._arrays += [a, bt, scale, da, dbt]
         self.places.append((layer, target))
         self.names += [f"blk.{layer}.{target}.a", f"blk.{layer}.{target}.bt"]

@@ -26,7 +26,7 @@ from nomoat.engine.stack import Stack
 from nomoat.engine.weights import PackedTensor, Weights, load_weights, read_spec
 from nomoat.errors import InputError, ModelError, NonFiniteError
 from nomoat.files.gguf import open_gguf
-from nomoat.models.spec import TARGETS, ModelSpec
+from nomoat.models.spec import LINEARS, ModelSpec
 from nomoat.text.template import ChatTemplate, template_for
 from nomoat.text.tokenizer import Tokenizer
 
@@ -274,9 +274,9 @@ def activation_bytes(spec: ModelSpec, layer: int, ranks: int, precision: str = "
     """Bytes that the tape keeps for one row of one layer whose adapters have `ranks` ranks in all."""
     block = spec.blocks[layer]
     post_norms = sum(f"blk.{layer}.{part}" in spec.tensors for part in ("attn_post_norm", "mlp_post_norm"))
-    ffn = block.ffn * (2 if spec.gated else 1) * (spec.experts_used if block.experts else 1)
+    ffn = block.ffn * (2 if spec.gated else 1) * (spec.experts_used if block.experts else 1) + 2 * block.shared
     kept = (2 + post_norms) * spec.width + 2 * (block.heads + block.kv_heads) * spec.head_dim + ffn
-    routing = -(-block.experts // 32) * 32 + spec.experts_used if block.experts else 0
+    routing = -(-block.experts // 32) * 32 + spec.experts_used + bool(block.shared) if block.experts else 0
     return (2 if precision == "bf16" else 4) * kept + 4 * (block.heads + ranks + routing)
 
 
@@ -336,6 +336,7 @@ def _build_engine(spec: ModelSpec, weights: Weights) -> _native.Engine:
                 window=block.window,
                 rope=-1 if block.rope is None else block.rope,
                 experts=block.experts,
+                shared=block.shared,
             )
         for name, tensor in weights.tensors.items():
             _set_weight(engine, name, tensor)
@@ -352,8 +353,8 @@ def _set_weight(engine: _native.Engine, name: str, tensor: PackedTensor) -> None
     layer, part = (int(name.split(".")[1]), name.split(".")[2]) if name.startswith("blk.") else (-1, name)
     if name in ("embed", "head"):
         engine.set_table(name == "head", tensor.format, tensor.data)
-    elif part in TARGETS:
-        engine.set_linear(layer, TARGETS.index(part), tensor.format, tensor.data)
+    elif part in LINEARS:
+        engine.set_linear(layer, LINEARS.index(part), tensor.format, tensor.data)
     elif part == "router":
         engine.set_router(layer, tensor.format, tensor.data)
     else:

@@ -25,11 +25,11 @@ import numpy as np
 import numpy.typing as npt
 
 from nomoat.errors import AdapterError, InputError, printable
-from nomoat.models.spec import TARGETS, ModelSpec
+from nomoat.models.spec import LINEARS, ModelSpec
 
 Float32 = npt.NDArray[np.float32]
 
-#: (layer, target), for example (0, "q"); targets are those of `nomoat.models.spec.TARGETS`.
+#: (layer, target), for example (0, "q"); targets are those of `nomoat.models.spec.LINEARS`.
 Place = tuple[int, str]
 
 
@@ -54,7 +54,7 @@ class Adapter:
 
     def places(self) -> list[Place]:
         """The linears it covers, in the one order that is used for files, hashes and gradients."""
-        return sorted(self.tensors, key=lambda place: (place[0], TARGETS.index(place[1])))
+        return sorted(self.tensors, key=lambda place: (place[0], LINEARS.index(place[1])))
 
     def parameters(self) -> int:
         """Trainable weights in all A and B."""
@@ -137,7 +137,7 @@ class Stack:
         self.adapters = tuple((adapter, float(weight)) for adapter, weight in adapters)
         covered = {place for adapter, _ in self.adapters for place in adapter.tensors}
         self.linears: dict[Place, StackedLinear] = {
-            place: self._concatenate(place) for place in sorted(covered, key=lambda p: (p[0], TARGETS.index(p[1])))
+            place: self._concatenate(place) for place in sorted(covered, key=lambda p: (p[0], LINEARS.index(p[1])))
         }
 
     def _concatenate(self, place: Place) -> StackedLinear:

@@ -23,8 +23,8 @@ _CLASSES = {
     "embed": "embedding",
     "head": "head",
     **dict.fromkeys(("q", "k", "v", "o"), "attention"),
-    **dict.fromkeys(("gate", "up", "down"), "mlp"),
-    "router": "router",
+    **dict.fromkeys(("gate", "up", "down", "shared_gate", "shared_up", "shared_down"), "mlp"),
+    **dict.fromkeys(("router", "shared_router"), "router"),
 }
 
 

@@ -7,7 +7,7 @@ Memory
     KV            2 L K Dh x 2 bytes for each token of context      keys and values in bf16; in int8 2 L K (Dh + 4)
     activations   2 (2 D + 2 H Dh + 2 K Dh + 3 F) + 8 D bytes       for each token and layer that is kept for backward:
                   bf16 inputs of the linears, fp32 residual stream; 2 F without a gate, 3 D or 4 D with post-norms, F of all
-                  experts that a token uses; a recomputed layer keeps its fp32 input, 4 D, alone
+                  experts that a token uses, a shared one's too; a recomputed layer keeps its fp32 input, 4 D, alone
     adapter       16 bytes for each parameter                       A and B, gradient, two Adam moments, all fp32; r (N + K) for
                   each linear, for each expert where experts are covered
     the rest      150 MB                                            Python, libraries, buffers
@@ -104,7 +104,7 @@ def activation_bytes_per_token(spec: ModelSpec, *, recompute: bool = False) -> i
 def _layer_activation_bytes(spec: ModelSpec, layer: int) -> int:
     block = spec.blocks[layer]
     post_norms = sum(f"blk.{layer}.{part}" in spec.tensors for part in ("attn_post_norm", "mlp_post_norm"))
-    ffn = block.ffn * (3 if spec.gated else 2) * (spec.experts_used if block.experts else 1)
+    ffn = block.ffn * (3 if spec.gated else 2) * (spec.experts_used if block.experts else 1) + 3 * block.shared
     return 2 * ((2 + post_norms) * spec.width + 2 * (block.heads + block.kv_heads) * spec.head_dim + ffn) + 8 * spec.width
 
 

@@ -12,12 +12,12 @@ from typing import Any
 from nomoat.errors import InputError
 from nomoat.models.fields import Fields
 from nomoat.models.rope import Rotation
-from nomoat.models.spec import LayerSpec, ModelSpec, RopeSpec
+from nomoat.models.spec import SHARED_TARGETS, LayerSpec, ModelSpec, RopeSpec
 
 #: Parts of a layer in the order of ModelSpec.tensors.
 PARTS = (
     *("attn_norm", "q", "k", "v", "o", "q_norm", "k_norm", "attn_post_norm"),
-    *("mlp_norm", "router", "gate", "up", "down", "mlp_post_norm"),
+    *("mlp_norm", "router", "gate", "up", "down", "shared_router", *SHARED_TARGETS, "mlp_post_norm"),
 )
 
 
@@ -36,6 +36,7 @@ class Draft:
     windows: list[int] = field(default_factory=list)
     ropes: list[int | None] = field(default_factory=list)
     experts: list[int] = field(default_factory=list)
+    shared: list[int] = field(default_factory=list)
     biases: set[str] = field(default_factory=set)  # parts that have one
     fields: dict[str, Any] = field(default_factory=dict)  # of ModelSpec, beside the ones above
 
@@ -43,18 +44,19 @@ class Draft:
         self.windows = self.windows or [0] * self.layers
         self.ropes = self.ropes or [0] * self.layers
         self.experts = self.experts or [0] * self.layers
+        self.shared = self.shared or [0] * self.layers
 
     def spec(self, architecture: str, *, name: str, interleaved: bool, context: int | None) -> ModelSpec:
         """The model without its tensors. `context` is what it will run with; None leaves the choice to `usable_context`."""
         usable, notes = self.usable_context(context)
-        per_layer = zip(self.heads, self.kv_heads, self.ffn, self.windows, self.ropes, self.experts, strict=True)
+        alike = (self.heads, self.kv_heads, self.ffn, self.windows, self.ropes, self.experts, self.shared)
         return ModelSpec(
             architecture=architecture,
             name=name,
             width=self.width,
             head_dim=self.head_dim,
             context=usable,
-            blocks=tuple(LayerSpec(*values) for values in per_layer),
+            blocks=tuple(LayerSpec(*values) for values in zip(*alike, strict=True)),
             ropes=self.rope_specs(usable, interleaved=interleaved),
             notes=notes,
             **self.fields,
@@ -96,11 +98,11 @@ class Architecture:
     """One architecture. Names of modules are those inside `model.layers.<i>.` of transformers."""
 
     name: str  # general.architecture, which is also the prefix of its metadata keys
-    #: target -> module, as PEFT adapters name it; targets of one module are fused in it, their rows in the order of TARGETS
+    #: target -> module, as PEFT adapters name it; targets of one module are fused in it, their rows in the order of LINEARS
     modules: Mapping[str, str]
     #: norms (parts of a layer) -> module
     norms: Mapping[str, str]
-    #: "router" and the targets of experts -> module, with {e} where each expert has its own; empty without experts
+    #: routers and the targets of experts -> module, with {e} where each expert has its own; empty without experts
     experts: Mapping[str, str] = field(default_factory=dict)
     #: what config.json may leave out, with the value that transformers then takes
     defaults: Mapping[str, object] = field(default_factory=dict)
@@ -123,6 +125,8 @@ class Architecture:
     interleaved: bool = False
     #: whether GGUF files may hold experts
     gguf_experts: bool = False
+    #: whether layers with experts have a shared one
+    shared_expert: bool = False
     #: whether llama.cpp reads the tensors of rotary divisors
     rope_divisors: bool = False
     #: parts whose GGUF name is not the usual one of `tensors.GGUF`

@@ -112,7 +112,7 @@ def source_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
         elif len(source.names) > 1:
             found |= dict.fromkeys(source.names, shape[1:])
         else:
-            found[source.names[0]] = shape
+            found[source.names[0]] = (1, *shape) if source.one_row else shape
     return found
 
 

@@ -19,6 +19,11 @@ PEFT_EXPERTS = {
 def _from_config(keys: Fields, model: Draft) -> None:
     if keys.flag("use_sliding_window", default=False):
         layers.window_everywhere(keys, model)
+    experts(keys, model)
+
+
+def experts(keys: Fields, model: Draft) -> None:
+    """Experts in every n-th layer that is not named dense."""
     step = keys.integer("decoder_sparse_step", 1, MAX_LAYERS)
     dense = set(keys.listed("mlp_only_layers", 0, model.layers - 1))
     count = "num_experts" if keys.has("num_experts") else "num_local_experts"

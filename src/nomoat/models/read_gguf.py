@@ -120,7 +120,8 @@ def _experts(arch: Architecture, keys: Fields, model: Draft, file: Contents) -> 
     count = keys.integer("expert_count", 2, MAX_EXPERTS)
     if not arch.gguf_experts:
         raise ModelError(f"{keys.where}: mixture of experts ({count:,} experts) is not supported by architecture {arch.name}")
-    for key in ("expert_shared_count", "expert_shared_feed_forward_length", "expert_group_used_count"):
+    shared = () if arch.shared_expert else ("expert_shared_count", "expert_shared_feed_forward_length")
+    for key in (*shared, "expert_group_used_count"):
         if keys.integer(key, 0, MAX_FFN, default=0):
             raise keys.fail(key, keys.integer(key, 0, MAX_FFN), f"0: architecture {arch.name} has nothing like it", "E_ARCH")
     gating = keys.integer("expert_gating_func", 0, 255, default=1)

@@ -9,8 +9,12 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-#: The linears of one layer that an adapter may target, in the order used everywhere.
+#: The linears of one layer that an adapter may target, by the names a user knows, in the order used everywhere.
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+#: Those of an expert that every row goes through, which a user asks for as gate, up and down.
+SHARED_TARGETS = ("shared_gate", "shared_up", "shared_down")
+#: All linears of one layer, in the order of the native engine.
+LINEARS = (*TARGETS, *SHARED_TARGETS)
 #: Those that exist once for each expert where a layer has experts.
 EXPERT_TARGETS = ("gate", "up", "down")
 #: What an adapter may be asked to cover: the linears outside of experts by name, and those of all experts.
@@ -42,12 +46,14 @@ class LayerSpec:
     window: int = 0  # keys that a row sees, its own included; 0 = all
     rope: int | None = 0  # index into ModelSpec.ropes; None = positions are not encoded
     experts: int = 0  # 0 = one dense MLP
+    shared: int = 0  # width of the expert that every row goes through beside those; 0 = there is none
 
 
 @dataclass(frozen=True)
 class Source:
     """Where a weight comes from: whole tensors of the source file one after another, or some rows of a single one.
 
+    `one_row`: a vector that the file has as a matrix of one row, as Hugging Face does where a linear has one output.
     `add` is added to every value: Hugging Face stores Gemma's norm weights less one, GGUF as they are.
     """
 
@@ -55,6 +61,7 @@ class Source:
     first: int = 0
     rows: int | None = None
     add: float = 0.0
+    one_row: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,7 @@ class ModelSpec:
         h = [norm](x)                 x += residual_scale * [post_norm](Wdown (act(Wgate h [+ b]) * (Wup h [+ b])) [+ b])  (gated)
                                       x += residual_scale * [post_norm](Wdown act(Wup h [+ b]) [+ b])       (not gated)
                                       x += sum over the experts_used best of p_e * MLP_e(h), p = softmax(router h)   (experts)
+                                           [+ sigmoid(shared_router . h) * MLP_shared(h)]
         logits = cap(logit_scale * Whead norm(x)), x of the first layer = embed_scale * embedding rows, cap(z) = c tanh(z / c)
     """
 
@@ -93,9 +101,9 @@ class ModelSpec:
     residual_scale: float = 1.0
     experts_used: int = 0
     expert_norm: bool = True  # the weights of the experts used are divided by their sum
-    #: engine name -> source: "embed", "head", "final_norm[_bias]", and for layer i "blk.i." + one of TARGETS, "q_bias",
+    #: engine name -> source: "embed", "head", "final_norm[_bias]", and for layer i "blk.i." + one of LINEARS, "q_bias",
     #: "k_bias", "v_bias", "o_bias", "gate_bias", "up_bias", "down_bias", "attn_norm[_bias]", "attn_post_norm", "q_norm",
-    #: "k_norm", "mlp_norm[_bias]", "mlp_post_norm", "router"
+    #: "k_norm", "mlp_norm[_bias]", "mlp_post_norm", "router", "shared_router"
     tensors: dict[str, Source] = field(default_factory=dict)
     #: sentences for the user: unused tensors, a context that was shortened
     notes: tuple[str, ...] = ()
@@ -122,13 +130,15 @@ class ModelSpec:
 
     def targets(self, layer: int) -> tuple[str, ...]:
         """The linears of a layer, all of which an adapter can cover."""
-        return TARGETS if self.gated or self.blocks[layer].experts else tuple(target for target in TARGETS if target != "gate")
+        block = self.blocks[layer]
+        usual = TARGETS if self.gated or block.experts else tuple(target for target in TARGETS if target != "gate")
+        return (*usual, *SHARED_TARGETS) if block.shared else usual
 
     def places(self, wanted: Collection[str] = COVERABLE) -> Iterator[tuple[int, str]]:
         """(layer, target) of every linear that an adapter of `wanted` (of COVERABLE) covers, in the order used everywhere."""
         for layer in range(self.layers):
             for target in self.targets(layer):
-                if (EXPERTS if self.experts_at(target, layer) else target) in wanted:
+                if (EXPERTS if self.experts_at(target, layer) else target.removeprefix("shared_")) in wanted:
                     yield layer, target
 
     def experts_at(self, target: str, layer: int) -> int:
@@ -147,6 +157,9 @@ class ModelSpec:
             "gate": (block.ffn, self.width),
             "up": (block.ffn, self.width),
             "down": (self.width, block.ffn),
+            "shared_gate": (block.shared, self.width),
+            "shared_up": (block.shared, self.width),
+            "shared_down": (self.width, block.shared),
         }
         return shapes[target]
 
@@ -158,7 +171,7 @@ class ModelSpec:
             return (self.width,)
         _, index, part = engine_name.split(".")
         layer, block = int(index), self.blocks[int(index)]
-        if part in TARGETS:
+        if part in LINEARS:
             shape = self.linear_shape(part, layer)
             return (block.experts, *shape) if self.experts_at(part, layer) else shape
         if part == "router":

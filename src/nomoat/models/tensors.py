@@ -6,7 +6,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 from nomoat.models.arch import PARTS, Architecture
-from nomoat.models.spec import EXPERT_TARGETS, TARGETS, LayerSpec, ModelSpec, Source
+from nomoat.models.check import Known
+from nomoat.models.spec import EXPERT_TARGETS, LINEARS, SHARED_TARGETS, LayerSpec, ModelSpec, Source
 
 #: engine name -> name outside the layers
 GGUF_TOP = {"embed": "token_embd", "final_norm": "output_norm", "head": "output"}
@@ -25,6 +26,10 @@ GGUF = {
     "gate": "ffn_gate",
     "up": "ffn_up",
     "down": "ffn_down",
+    "shared_router": "ffn_gate_inp_shexp",
+    "shared_gate": "ffn_gate_shexp",
+    "shared_up": "ffn_up_shexp",
+    "shared_down": "ffn_down_shexp",
     "mlp_post_norm": "post_ffw_norm",
 }
 FUSED_QKV = "attn_qkv"
@@ -33,10 +38,11 @@ FUSED_QKV = "attn_qkv"
 Naming = Callable[[int, str], tuple[str, ...]]
 
 
-def from_gguf(arch: Architecture, spec: ModelSpec, biases: Collection[str], available: Collection[str] | None) -> ModelSpec:
+def from_gguf(arch: Architecture, spec: ModelSpec, biases: Collection[str], available: Mapping[str, Known] | None) -> ModelSpec:
     """The model with its sources in a GGUF. Where names differ between files, those in `available` decide.
 
-    q, k and v may be one tensor, and older files have one tensor for each expert. None: names as converters write them today.
+    q, k and v may be one tensor, older files have one tensor for each expert, and the router of a shared one may be a vector or a
+    row. None: as converters write them today.
     """
 
     def exists(stem: str) -> bool:
@@ -51,7 +57,10 @@ def from_gguf(arch: Architecture, spec: ModelSpec, biases: Collection[str], avai
         others = [stem + GGUF[part], *([stem + FUSED_QKV] if part in ("q", "k", "v") else [])]
         return (next((name for name in (usual, *others) if exists(name)), usual),)
 
-    return _with_tensors(arch, spec, GGUF_TOP, names, biases, norm_offset=0.0)
+    def one_row(tensor: str) -> bool:
+        return available is not None and tensor in available and len(available[tensor][0]) > 1
+
+    return _with_tensors(arch, spec, GGUF_TOP, names, biases, norm_offset=0.0, one_row=one_row)
 
 
 def from_hf(arch: Architecture, spec: ModelSpec, biases: Collection[str], prefix: str) -> ModelSpec:
@@ -65,17 +74,25 @@ def from_hf(arch: Architecture, spec: ModelSpec, biases: Collection[str], prefix
         return tuple(f"{prefix}layers.{layer}.{name}" for name in every)
 
     top = {"embed": f"{prefix}embed_tokens", "final_norm": f"{prefix}norm", "head": arch.roots[prefix]}
-    return _with_tensors(arch, spec, top, names, biases, norm_offset=arch.norm_offset)
+    return _with_tensors(arch, spec, top, names, biases, norm_offset=arch.norm_offset, one_row=lambda tensor: True)
 
 
 def layer_parts(arch: Architecture, block: LayerSpec) -> tuple[str, ...]:
     """Parts that a layer has, in order."""
     known = {*arch.norms, *arch.modules} | ({"router", *EXPERT_TARGETS} if block.experts else set())
-    return tuple(part for part in PARTS if part in known)
+    shared = {"shared_router", *SHARED_TARGETS}
+    return tuple(part for part in PARTS if part in ((known | shared) if block.shared else (known - shared)))
 
 
 def _with_tensors(
-    arch: Architecture, spec: ModelSpec, top: Mapping[str, str], names: Naming, biases: Collection[str], *, norm_offset: float
+    arch: Architecture,
+    spec: ModelSpec,
+    top: Mapping[str, str],
+    names: Naming,
+    biases: Collection[str],
+    *,
+    norm_offset: float,
+    one_row: Callable[[str], bool],
 ) -> ModelSpec:
     found = {"embed": Source((f"{top['embed']}.weight",))}
     found["final_norm"] = Source((f"{top['final_norm']}.weight",), add=norm_offset)
@@ -86,18 +103,21 @@ def _with_tensors(
     for layer, block in enumerate(spec.blocks):
         parts = layer_parts(arch, block)
         stems = {part: names(layer, part) for part in parts}
-        rows = _fused_rows(spec, layer, {part: stems[part] for part in parts if part in TARGETS})
+        rows = _fused_rows(spec, layer, {part: stems[part] for part in parts if part in LINEARS})
         for part in parts:
             first, count = rows.get(part, (0, None))
             weights = tuple(f"{name}.weight" for name in stems[part])
-            found[f"blk.{layer}.{part}"] = Source(weights, first, count, norm_offset if part in arch.norms else 0.0)
+            offset = norm_offset if part in arch.norms else 0.0
+            found[f"blk.{layer}.{part}"] = Source(
+                weights, first, count, offset, one_row=part == "shared_router" and one_row(weights[0])
+            )
             if part in biases and not (block.experts and part in EXPERT_TARGETS):
                 found[f"blk.{layer}.{part}_bias"] = Source((f"{stems[part][0]}.bias",), first, count)
     return replace(spec, tensors=found)
 
 
 def _fused_rows(spec: ModelSpec, layer: int, stems: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[int, int]]:
-    """(first row, rows) of the targets that share a tensor: one below the other, in the order of TARGETS."""
+    """(first row, rows) of the targets that share a tensor: one below the other, in the order of LINEARS."""
     found, filled = {}, dict.fromkeys(stems.values(), 0)
     for target, names in stems.items():
         rows = spec.linear_shape(target, layer)[0]

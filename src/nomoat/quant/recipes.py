@@ -100,7 +100,7 @@ def tensor_types(
 
 def quantizable(tensor: str, shape: tuple[int, ...]) -> bool:
     """Matrices, but neither norms nor routers, which are small and decide much."""
-    small = tensor.endswith("_norm.weight") or "ffn_gate_inp.weight" in tensor
+    small = tensor.endswith("_norm.weight") or "ffn_gate_inp" in tensor
     return len(shape) > 1 and tensor.endswith("weight") and not small
 
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from nomoat.engine.stack import Adapter, Float32, Place
 from nomoat.errors import AdapterError, printable
-from nomoat.models.spec import TARGETS, ModelSpec
+from nomoat.models.spec import LINEARS, ModelSpec
 
 MAX_RANK = 4096
 MAX_MODULE_RANK = 3 * MAX_RANK  # of a module that holds three targets
@@ -329,7 +329,7 @@ def from_peft(config: LoraConfig, arrays: Mapping[str, Float32], spec: ModelSpec
         else:
             of_experts.setdefault((module.layer, module.targets[0]), {})[module.expert] = (a, b)
     tensors |= {place: _gathered(place, pairs, spec) for place, pairs in of_experts.items()}
-    targets = tuple(target for target in TARGETS if any(target == place[1] for place in tensors))
+    targets = tuple(target for target in LINEARS if any(target == place[1] for place in tensors))
     Adapter(config.rank, alpha, targets, tensors).check(spec)  # shapes first: rows can be permuted only where they fit
     ordered = {place: (a, to_base_rows(b, place[1], spec)) for place, (a, b) in tensors.items()}
     return Adapter(config.rank, alpha, targets, ordered)
@@ -443,7 +443,7 @@ def to_peft(adapter: Adapter, spec: ModelSpec, *, base: str | None = None) -> tu
 
 def _leaves(modules: Collection[Module]) -> list[str]:
     """The last parts of the names of modules, in the order of their targets."""
-    ordered = sorted(modules, key=lambda module: TARGETS.index(module.targets[0]))
+    ordered = sorted(modules, key=lambda module: LINEARS.index(module.targets[0]))
     return list(dict.fromkeys(module.path.rpartition(".")[2] for module in ordered))
 
 
@@ -460,7 +460,7 @@ def _paths(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
     from nomoat.models import architecture
 
     modules: Mapping[str, str] = architecture(spec).PEFT_MODULES
-    return {path: tuple(t for t in TARGETS if modules.get(t) == path) for path in dict.fromkeys(modules.values())}
+    return {path: tuple(t for t in LINEARS if modules.get(t) == path) for path in dict.fromkeys(modules.values())}
 
 
 def _roots(spec: ModelSpec) -> list[str]:
