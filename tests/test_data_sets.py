@@ -21,7 +21,7 @@ EXPECTED = {
     "clinc150": (3_000, 600, "exact"),
     "wnut17": (1_842, 400, "json"),
     "wikisql": (1_000, 200, "exact"),
-    "nl2bash": (11_275, 300, "exact"),
+    "nl2bash": (11_275, 300, "rouge"),
     "bfcl": (437, 136, "json"),
     "sms_spam": (1_000, 500, "exact"),
     "gsm8k": (2_000, 300, "numeric"),
