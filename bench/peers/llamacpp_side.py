@@ -57,8 +57,13 @@ def _declare() -> None:
 
 
 def load(path: str, context: int, threads: int) -> dict[str, Any]:
-    """Opens a model; sequences are of up to `context` tokens."""
+    """Opens a model in place of the last one; sequences are of up to `context` tokens."""
     _declare()
+    for old in state["contexts"].values():
+        api.llama_free(old)
+    state["contexts"].clear()
+    if state.get("model"):
+        (api.llama_free_model if FORK else api.llama_model_free)(state["model"])
     library.llama_log_set(_LOG, None)
     api.llama_backend_init()
     options = api.llama_model_default_params()
