@@ -18,7 +18,7 @@ from nomoat.engine.lora import TrainableLora
 from nomoat.engine.model import Model
 from nomoat.models.spec import TARGETS
 from parity import peft_side
-from reference import Reference, random_lora
+from reference import Lora, Reference, random_lora
 from tiny import tiny_hf, tiny_llama
 
 TOKENS = [1, 52, 287, 11, 3, 3, 200, 77, 140, 9, 250, 18]
@@ -101,6 +101,20 @@ def test_fused_modules_saved_by_peft_load_here(phi3: tuple[Reference, Any], tmp_
     np.testing.assert_allclose(reference.logits(TOKENS, lora=lora_of(adapter)), expected, rtol=0, atol=TOLERANCE)
 
 
+def check_both_ways(base: Reference, lora: Lora, folder: Path, tmp_path: Path) -> Any:
+    """PEFT computes the same logits, which it returns, with a saved adapter; saved again by PEFT, it comes back as it was."""
+    save_adapter(tmp_path / "adapter", adapter_of(lora), base.spec, {})
+    peer = peft_side.load_base(folder, torch.float64)
+    plain = peft_logits(peer)
+    model = PeftModel.from_pretrained(peer, tmp_path / "adapter")
+    expected = peft_logits(model)
+    np.testing.assert_allclose(base.logits(TOKENS, lora=lora), expected, rtol=0, atol=TOLERANCE)
+    assert np.abs(expected - plain).max() > 100 * TOLERANCE  # the adapter matters
+    model.float().save_pretrained(tmp_path / "saved")
+    assert load_adapter(tmp_path / "saved", base.spec)[0].digest == adapter_of(lora).digest
+    return expected
+
+
 MIXTURES = ["mixtral", "qwen3_moe"]
 
 
@@ -111,15 +125,7 @@ def test_adapters_on_experts_travel_both_ways(name: str, source: str, tmp_path: 
     folder = ROWS[name].folder(tmp_path / "base")
     base = Reference.load(ROWS[name].gguf_file(tmp_path / "base.gguf") if source == "gguf" else folder)
     lora = random_lora(base.spec, rank=4, scale=0.5, targets=("q", "experts"))
-    save_adapter(tmp_path / "adapter", adapter_of(lora), base.spec, {})
-    peer = peft_side.load_base(folder, torch.float64)
-    plain = peft_logits(peer)
-    model = PeftModel.from_pretrained(peer, tmp_path / "adapter")
-    expected = peft_logits(model)
-    np.testing.assert_allclose(base.logits(TOKENS, lora=lora), expected, rtol=0, atol=TOLERANCE)
-    assert np.abs(expected - plain).max() > 100 * TOLERANCE  # the adapter matters
-    model.float().save_pretrained(tmp_path / "saved")
-    assert load_adapter(tmp_path / "saved", base.spec)[0].digest == adapter_of(lora).digest
+    check_both_ways(base, lora, folder, tmp_path)
 
 
 @pytest.mark.parametrize(("name", "source"), [("qwen2_moe", "gguf"), ("qwen2_moe", "hf"), ("qwen2_moe_dense", "hf")])
@@ -129,15 +135,7 @@ def test_adapters_on_shared_experts_travel_both_ways(name: str, source: str, tmp
     base = Reference.load(ROWS[name].gguf_file(tmp_path / "base.gguf") if source == "gguf" else folder)
     lora = random_lora(base.spec, rank=4, scale=0.5, targets=TARGETS)
     assert (0, "shared_down") in lora
-    save_adapter(tmp_path / "adapter", adapter_of(lora), base.spec, {})
-    peer = peft_side.load_base(folder, torch.float64)
-    plain = peft_logits(peer)
-    model = PeftModel.from_pretrained(peer, tmp_path / "adapter")
-    expected = peft_logits(model)
-    np.testing.assert_allclose(base.logits(TOKENS, lora=lora), expected, rtol=0, atol=TOLERANCE)
-    assert np.abs(expected - plain).max() > 100 * TOLERANCE  # the adapter matters
-    model.float().save_pretrained(tmp_path / "saved")
-    assert load_adapter(tmp_path / "saved", base.spec)[0].digest == adapter_of(lora).digest
+    expected = check_both_ways(base, lora, folder, tmp_path)
     both = lora | random_lora(base.spec, rank=4, scale=0.5, targets=("experts",))
     save_adapter(tmp_path / "both", adapter_of(both), base.spec, {})
     model = PeftModel.from_pretrained(peft_side.load_base(folder, torch.float64), tmp_path / "both")

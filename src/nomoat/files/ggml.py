@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import IntEnum
 
 
@@ -63,6 +64,13 @@ BLOCK_SHAPE: dict[GgmlType, tuple[int, int]] = {
     GgmlType.IQ4_XS: (256, 136),
     GgmlType.MXFP4: (32, 17),
 }
+
+
+def stored_bytes(shape: tuple[int, ...], kind: GgmlType) -> int:
+    """Bytes of a tensor whose rows are whole blocks."""
+    values, size = BLOCK_SHAPE[kind]
+    return math.prod(shape) // values * size
+
 
 #: What to do about a file with weights of another type: repositories that offer one offer these too.
 ADVICE = "get the Q4_K_M, Q3_K_M or Q2_K file of this model"

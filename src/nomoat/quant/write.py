@@ -17,7 +17,7 @@ import numpy as np
 from nomoat.engine.quantize import quantize_rows
 from nomoat.errors import InputError, NonFiniteError, printable
 from nomoat.files.atomic import atomic_write
-from nomoat.files.ggml import BLOCK_SHAPE, GgmlType
+from nomoat.files.ggml import BLOCK_SHAPE, GgmlType, stored_bytes
 from nomoat.files.gguf import open_gguf
 from nomoat.files.safetensors import open_safetensors
 from nomoat.hub.store import check_disk
@@ -86,7 +86,7 @@ def _quantize(source: Source, source_bytes: int, to: str, output: Path, progress
     shapes = {name: tensor.shape for name, tensor in source.tensors.items()}
     types = recipes.tensor_types(to, shape, shapes, {name: tensor.stored for name, tensor in source.tensors.items()})
     head = _head(source, types, number)
-    sizes = [_bytes(shapes[name], kind) for name, kind in types.items()]
+    sizes = [stored_bytes(shapes[name], kind) for name, kind in types.items()]
     total = len(head) + sum(_padded(size, source.alignment) for size in sizes)
     check_disk(output.absolute().parent, total, f"the {to} file")
     with atomic_write(output) as out:
@@ -135,14 +135,9 @@ def _head(source: Source, types: dict[str, GgmlType], number: int) -> bytes:
     for name, kind in types.items():
         shape = source.tensors[name].shape
         head.append(entries.text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), kind, offset))
-        offset += _padded(_bytes(shape, kind), source.alignment)
+        offset += _padded(stored_bytes(shape, kind), source.alignment)
     whole = b"".join(head)
     return whole.ljust(_padded(len(whole), source.alignment), b"\0")
-
-
-def _bytes(shape: tuple[int, ...], kind: GgmlType) -> int:
-    values, size = BLOCK_SHAPE[kind]
-    return math.prod(shape) // values * size
 
 
 def _padded(size: int, alignment: int) -> int:
