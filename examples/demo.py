@@ -21,7 +21,14 @@ if TYPE_CHECKING:
 MODEL = "smollm2:135m"
 ADAPTER = "tickets"
 TICKETS = Path(__file__).resolve().parent / "tickets"
-RECIPE: dict[str, Any] = {"batch_sequences": 8, "learning_rate": 1e-3, "validation_rows": 40, "evaluations": 3}
+#: 100 steps of 8 messages; all 1,160 that are not held back gain about a point and take half as long again.
+RECIPE: dict[str, Any] = {
+    "batch_sequences": 8,
+    "max_steps": 100,
+    "learning_rate": 1e-3,
+    "validation_rows": 24,
+    "evaluations": 3,
+}
 
 #: Written for this script; neither the sentences nor the products are in the data.
 QUESTIONS = (
@@ -98,7 +105,8 @@ class Events:
             self.scoring_began = now
             return
         left = (now - self.scoring_began) / done * (total - done)
-        self.screen.progress(f"{done} of {total} answers   {clock(left)} left")
+        left_shown = f"   {clock(left)} left" if 10 * done >= total else ""  # the first answers come late, all at once
+        self.screen.progress(f"{done} of {total} answers{left_shown}")
 
 
 def main() -> None:

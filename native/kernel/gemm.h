@@ -277,32 +277,42 @@ inline void gemm_tile(const float* a, int lda, const float* panel, int count, fl
     for (int n = 0; n < N; n++) V::store(c + r * kPanelCols + n * V::W, acc[r][n]);
 }
 
+// All rows of N vectors of columns.
+template <class V, int N, class T>
+inline void gemm_columns(const T* a, int lda, int rows, const T* panel, int count, float* c, bool add) {
+  constexpr int R = V::kGemmRows;
+  auto run = [&]<int M>(int m) {
+    gemm_tile<V, M, N>(a + size_t(m) * lda, lda, panel, count, c + size_t(m) * kPanelCols, add);
+  };
+  int m = 0;
+  for (; m + R <= rows; m += R) run.template operator()<R>(m);
+  for (; m + 2 <= rows; m += 2) run.template operator()<2>(m);
+  if (m < rows) run.template operator()<1>(m);
+}
+
 // Rows are taken in blocks that stay in the second-level cache (72 x 256 float32 are 72 KB) while all columns pass over them.
 template <class V, class T>
-inline void gemm_panel(const T* a, int lda, int rows, const T* panel, int count, float* c, bool add) {
-  constexpr int R = V::kGemmRows, N = V::kGemmVectors, kRowBlock = 12 * R;
+inline void gemm_panel(const T* a, int lda, int rows, const T* panel, int count, int columns, float* c, bool add) {
+  constexpr int N = V::kGemmVectors, kRowBlock = 12 * V::kGemmRows;
   for (int begin = 0; begin < rows; begin += kRowBlock) {
-    const int end = rows < begin + kRowBlock ? rows : begin + kRowBlock;
-    for (int column = 0; column < kPanelCols; column += N * V::W) {
-      const T* b = panel_at(const_cast<T*>(panel), 0, column);
-      auto run = [&]<int M>(int m) {
-        gemm_tile<V, M, N>(a + size_t(m) * lda, lda, b, count, c + size_t(m) * kPanelCols + column, add);
-      };
-      int m = begin;
-      for (; m + R <= end; m += R) run.template operator()<R>(m);
-      for (; m + 2 <= end; m += 2) run.template operator()<2>(m);
-      if (m < end) run.template operator()<1>(m);
-    }
+    const int taken = rows - begin < kRowBlock ? rows - begin : kRowBlock;
+    const T* from = a + size_t(begin) * lda;
+    float* to = c + size_t(begin) * kPanelCols;
+    int column = 0;
+    for (; column + N * V::W <= columns; column += N * V::W)
+      gemm_columns<V, N>(from, lda, taken, panel_at(const_cast<T*>(panel), 0, column), count, to + column, add);
+    for (; column < columns; column += V::W)
+      gemm_columns<V, 1>(from, lda, taken, panel_at(const_cast<T*>(panel), 0, column), count, to + column, add);
   }
 }
 
 template <class V>
-void gemm_bf16(const bf16* a, int lda, int rows, const bf16* panel, int count, float* c, bool add) {
-  gemm_panel<V>(a, lda, rows, panel, count, c, add);
+void gemm_bf16(const bf16* a, int lda, int rows, const bf16* panel, int count, int columns, float* c, bool add) {
+  gemm_panel<V>(a, lda, rows, panel, count, columns, c, add);
 }
 template <class V>
-void gemm_f32(const float* a, int lda, int rows, const float* panel, int count, float* c, bool add) {
-  gemm_panel<V>(a, lda, rows, panel, count, c, add);
+void gemm_f32(const float* a, int lda, int rows, const float* panel, int count, int columns, float* c, bool add) {
+  gemm_panel<V>(a, lda, rows, panel, count, columns, c, add);
 }
 
 template <class V>

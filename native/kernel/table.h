@@ -92,9 +92,9 @@ struct Kernels {
                            bf16* panel);
   void (*plain_panel_f32)(const float* src, int ld, int rows, int cols, bool backward, int column, int from, int count,
                           float* panel);
-  // c[m, 0..47] (+)= sum_p a[m, p] panel[p, c]
-  void (*gemm_bf16)(const bf16* a, int lda, int rows, const bf16* panel, int count, float* c, bool add);
-  void (*gemm_f32)(const float* a, int lda, int rows, const float* panel, int count, float* c, bool add);
+  // c[m, 0..columns) (+)= sum_p a[m, p] panel[p, c], rows of c 48 apart; columns = 16, 32 or 48
+  void (*gemm_bf16)(const bf16* a, int lda, int rows, const bf16* panel, int count, int columns, float* c, bool add);
+  void (*gemm_f32)(const float* a, int lda, int rows, const float* panel, int count, int columns, float* c, bool add);
   // out[k] = W[row, k]
   void (*read_row)(const Matrix& w, int row, float* out);
   // -- adapters, float32 --------------------------------------------------------------------------------------------

@@ -23,8 +23,8 @@ struct Ops<bf16> {
   static void plain_panel(const float* s, int ld, int rows, int cols, bool backward, int column, int from, int count, bf16* out) {
     kernels().plain_panel_bf16(s, ld, rows, cols, backward, column, from, count, out);
   }
-  static void gemm(const bf16* a, int lda, int rows, const bf16* panel, int count, float* c, bool add) {
-    kernels().gemm_bf16(a, lda, rows, panel, count, c, add);
+  static void gemm(const bf16* a, int lda, int rows, const bf16* panel, int count, int columns, float* c, bool add) {
+    kernels().gemm_bf16(a, lda, rows, panel, count, columns, c, add);
   }
   static void outer(const float* u, int ldu, int rank, const bf16* x, int ldx, int rows, int first, int last, float* out,
                     int ldo) {
@@ -42,8 +42,8 @@ struct Ops<float> {
                           float* out) {
     kernels().plain_panel_f32(s, ld, rows, cols, backward, column, from, count, out);
   }
-  static void gemm(const float* a, int lda, int rows, const float* panel, int count, float* c, bool add) {
-    kernels().gemm_f32(a, lda, rows, panel, count, c, add);
+  static void gemm(const float* a, int lda, int rows, const float* panel, int count, int columns, float* c, bool add) {
+    kernels().gemm_f32(a, lda, rows, panel, count, columns, c, add);
   }
   static void outer(const float* u, int ldu, int rank, const float* x, int ldx, int rows, int first, int last, float* out,
                     int ldo) {
@@ -99,10 +99,11 @@ void project_rows(const T* a, int lda, int rows, const float* s, int ld, int wid
   T* panel = scratch.get<T>(size_t(kPanelDepth) * kPanelCols + sizeof(float) / sizeof(T) * size_t(rows) * kPanelCols);
   float* c = reinterpret_cast<float*>(panel + size_t(kPanelDepth) * kPanelCols);
   for (int column = 0; column < rank; column += kPanelCols) {
+    const int columns = std::min(round_up(rank - column, 16), kPanelCols);
     for (int from = 0; from < width; from += kPanelDepth) {
       const int count = width - from < kPanelDepth ? round_up(width - from, 16) : kPanelDepth;
       Ops<T>::plain_panel(s, ld, rank, width, false, column, from, count, panel);
-      Ops<T>::gemm(a + from, lda, rows, panel, count, c, from > 0);
+      Ops<T>::gemm(a + from, lda, rows, panel, count, columns, c, from > 0);
     }
     const int last = rank - column < kPanelCols ? rank - column : kPanelCols;
     for (int m = 0; m < rows; m++)
@@ -207,14 +208,14 @@ void linear_panels(Engine& engine, const Activations& x, const LinearJob* jobs, 
     for (int from = 0; from < depth; from += kPanelDepth) {
       const int steps = depth - from < kPanelDepth ? depth - from : kPanelDepth;
       Ops<T>::panel(*job.w, false, column, from, steps, panel);
-      Ops<T>::gemm(Ops<T>::of(in) + from, in.cols, in.rows, panel, steps, c, from > 0);
+      Ops<T>::gemm(Ops<T>::of(in) + from, in.cols, in.rows, panel, steps, kPanelCols, c, from > 0);
     }
     if (rank) {
       float* plain = reinterpret_cast<float*>(panel);
       for_adapter_runs(batch, layer, job, [&](const Lora& lora, int first, int last) {
         const float* own = u[tiles[task].job] + size_t(first) * rank;
         kernels().plain_panel_f32(lora.bt, lora.ldb, lora.rank, job.w->rows, true, column, 0, round_up(lora.rank, 16), plain);
-        kernels().gemm_f32(own, rank, last - first, plain, lora.rank, c + size_t(first) * kPanelCols, true);
+        kernels().gemm_f32(own, rank, last - first, plain, lora.rank, kPanelCols, c + size_t(first) * kPanelCols, true);
       });
     }
     const int width = job.ldy - column < kPanelCols ? job.ldy - column : kPanelCols;
@@ -296,13 +297,13 @@ void backward_panels(Engine& engine, const Activations& x, const LinearBackwardJ
       for (int from = 0; from < depth; from += kPanelDepth) {
         const int steps = depth - from < kPanelDepth ? depth - from : kPanelDepth;
         Ops<T>::panel(*job.w, true, column, from, steps, panel);
-        Ops<T>::gemm(dy[j] + from, job.ldy, x.rows, panel, steps, c, add);
+        Ops<T>::gemm(dy[j] + from, job.ldy, x.rows, panel, steps, kPanelCols, c, add);
         add = true;
       }
       if (const Lora* lora = lora_of(batch.lora(), layer, job.target)) {
         float* plain = reinterpret_cast<float*>(panel);
         kernels().plain_panel_f32(lora->a, lora->lda, lora->rank, width, true, column, 0, round_up(lora->rank, 16), plain);
-        kernels().gemm_f32(du[j], lora->rank, x.rows, plain, lora->rank, c, true);
+        kernels().gemm_f32(du[j], lora->rank, x.rows, plain, lora->rank, kPanelCols, c, true);
       }
     }
     const int used = ldx - column < kPanelCols ? ldx - column : kPanelCols;

@@ -304,9 +304,9 @@ struct Gemm {
   }
   void part(const Kernels& k, bool low, int rows, int from, int count, float* c, bool add) const {
     if (low)
-      k.gemm_bf16(a_low.data() + from, lda, rows, b_low.data() + from * kPanelCols, count, c, add);
+      k.gemm_bf16(a_low.data() + from, lda, rows, b_low.data() + from * kPanelCols, count, kPanelCols, c, add);
     else
-      k.gemm_f32(a.data() + from, lda, rows, b.data() + from * kPanelCols, count, c, add);
+      k.gemm_f32(a.data() + from, lda, rows, b.data() + from * kPanelCols, count, kPanelCols, c, add);
   }
 };
 
@@ -351,6 +351,24 @@ TEST("products: a panel taken in two parts gives the bits of the whole; float32 
     }
     for (int count : {1, 3, 5, 17})
       CHECK(same_bits(gemm.run(k, false, 7, count), gemm.run(*scalar_kernels(), false, 7, count)), "depth %d", count);
+  });
+}
+
+TEST("products: of a panel's columns only those asked for are computed") {
+  const Gemm gemm(23);
+  for_levels([&](const Kernels& k) {
+    for (bool low : {false, true}) {
+      const Floats whole = gemm.run(k, low, kMost, 64);
+      for (int columns : {16, 32}) {
+        Floats c(whole.size(), 3.0f);
+        if (low)
+          k.gemm_bf16(gemm.a_low.data(), Gemm::lda, kMost, gemm.b_low.data(), 64, columns, c.data(), false);
+        else
+          k.gemm_f32(gemm.a.data(), Gemm::lda, kMost, gemm.b.data(), 64, columns, c.data(), false);
+        for (size_t i = 0; i < c.size(); i++)
+          CHECK(c[i] == (int(i) % kPanelCols < columns ? whole[i] : 3.0f), "%d columns: [%d]", columns, int(i));
+      }
+    }
   });
 }
 
