@@ -29,6 +29,7 @@ PYTHON_ORDER = (
     "adapters",
     "evals",
     "train",
+    "bench",
     "serve",
     "backends",
     "cluster",

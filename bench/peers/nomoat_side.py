@@ -5,14 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import numpy as np
 from bench.peers.channel import peak_rss_mb, rss_mb, serve
 
-from nomoat.data.pack import Pack
-from nomoat.engine.kv import Sequence
-from nomoat.engine.lora import TrainableLora
-from nomoat.engine.model import FORWARD_ROWS, Model
-from nomoat.train.optimizer import AdamW
+from nomoat.bench.speed import TrainStep, decoded, dense_packs, prefilled
+from nomoat.engine.model import Model
 
 state: dict[str, Any] = {}
 
@@ -23,53 +19,26 @@ def load(path: str, threads: int) -> dict[str, Any]:
     return {}
 
 
-def _prefill(tokens: list[int]) -> tuple[Sequence, float]:
-    """A sequence with the prompt in its cache, and the seconds that took."""
-    model: Model = state["model"]
-    sequence = Sequence()
-    began = time.perf_counter()
-    for begin in range(0, len(tokens), FORWARD_ROWS):
-        part = tokens[begin : begin + FORWARD_ROWS]
-        x = model.forward([(sequence, part, None)])
-    model.head(x, [len(part) - 1])
-    return sequence, time.perf_counter() - began
-
-
 def prefill(tokens: list[int]) -> dict[str, Any]:
     """Seconds for a prompt, with the logits of its last token."""
-    sequence, seconds = _prefill(tokens)
+    sequence, seconds = prefilled(state["model"], tokens)
     state["model"].pool().cut(sequence, 0)
     return {"seconds": seconds}
 
 
 def decode(tokens: list[int], count: int, streams: int = 1) -> dict[str, Any]:
-    """Seconds for `count` steps after a prompt, each a batch of one token of every stream. Which tokens does not matter."""
-    model: Model = state["model"]
-    sequences = [_prefill(tokens)[0] for _ in range(streams)]
-    began = time.perf_counter()
-    for step in range(count):
-        x = model.forward([(sequence, [tokens[(step + s) % len(tokens)]], None) for s, sequence in enumerate(sequences)])
-        model.head(x, range(streams))
-    seconds = time.perf_counter() - began
-    for sequence in sequences:
-        model.pool().cut(sequence, 0)
-    return {"seconds": seconds}
+    """Seconds for `count` steps after a prompt, each a batch of one token of every stream."""
+    return {"seconds": decoded(state["model"], tokens, count, streams)}
 
 
 def train(tokens: list[int], rank: int) -> dict[str, Any]:
     """Seconds for a step of LoRA on all linears of one sequence whose tokens all carry loss: gradients and AdamW."""
-    model: Model = state["model"]
-    if "lora" not in state:
-        state["lora"] = TrainableLora(model.spec, rank=rank, alpha=2.0 * rank)
-        state["optimizer"] = AdamW(state["lora"].parameters, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    lora: TrainableLora = state["lora"]
-    given = np.asarray(tokens, np.int32)
-    rows = Pack(given, np.array([0, len(given)], np.int32), np.roll(given, -1), np.ones(len(given), np.float32), (0,))
+    if "step" not in state:
+        state["step"] = TrainStep(state["model"], rank)
+    packs = dense_packs(tokens, 1, len(tokens))
     began = time.perf_counter()
-    lora.zero_grad()
-    logp = model.loss_gradients(rows, lora, np.full(len(given), -1 / len(given), np.float32))
-    state["optimizer"].update(lora.gradients, rate=1e-4, scale=1.0)
-    return {"seconds": time.perf_counter() - began, "loss": -float(logp.mean())}
+    loss = state["step"].run(packs)
+    return {"seconds": time.perf_counter() - began, "loss": loss}
 
 
 def memory() -> dict[str, Any]:

@@ -281,9 +281,7 @@ inline void gemm_tile(const float* a, int lda, const float* panel, int count, fl
 template <class V, int N, class T>
 inline void gemm_columns(const T* a, int lda, int rows, const T* panel, int count, float* c, bool add) {
   constexpr int R = V::kGemmRows;
-  auto run = [&]<int M>(int m) {
-    gemm_tile<V, M, N>(a + size_t(m) * lda, lda, panel, count, c + size_t(m) * kPanelCols, add);
-  };
+  auto run = [&]<int M>(int m) { gemm_tile<V, M, N>(a + size_t(m) * lda, lda, panel, count, c + size_t(m) * kPanelCols, add); };
   int m = 0;
   for (; m + R <= rows; m += R) run.template operator()<R>(m);
   for (; m + 2 <= rows; m += 2) run.template operator()<2>(m);

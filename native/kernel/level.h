@@ -4,6 +4,7 @@
 
 #include "kernel/attend.h"
 #include "kernel/gemm.h"
+#include "kernel/peak.h"
 #include "kernel/rowwise.h"
 #include "kernel/words.h"
 
@@ -55,6 +56,8 @@ constexpr Kernels make_kernels(Level level) {
   k.attend_backward = attend_backward<V>;
   k.sum_squares = sum_squares;
   k.adamw = adamw;
+  k.peak = peak<V>;
+  k.read_all = read_all<V>;
   return k;
 }
 

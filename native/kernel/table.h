@@ -67,6 +67,8 @@ inline int64_t attend_backward_scratch(int key_count, int heads, int dim) {
   return 2 * keys * dim + 2 * int64_t(kAttendRows) * heads * keys;
 }
 
+enum class Peak : int { int8, int16, bf16, f32 };
+
 struct Kernels {
   Level level;
   // Whether the bf16 products below are what training should use. Where a level has no instruction for dots of bf16 pairs, the
@@ -145,6 +147,10 @@ struct Kernels {
   // AdamW (Loshchilov and Hutter 2019): the bias corrections are folded into `step_size` and `root_correction`
   void (*adamw)(float* w, const float* g, float* m, float* v, int64_t count, float grad_scale, float beta1, float beta2,
                 float step_size, float root_correction, float eps, float decay);
+  // -- the limits that speeds are compared with --------------------------------------------------------------------------
+  // runs `steps` of the instructions that products of a kind consist of; returns how many multiply-adds that were
+  int64_t (*peak)(Peak what, int64_t steps);
+  void (*read_all)(const uint8_t* data, size_t bytes);
 };
 
 const Kernels* scalar_kernels();

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "base/profile.h"
 #include "op/engine.h"
 
 namespace nomoat {
@@ -161,6 +162,7 @@ void place(Engine& engine, const Batch& batch, const KvCache& cache, int cache_l
 }
 
 void attend_all(Engine& engine, const Batch& batch, const KvCache& cache, int cache_layer, const Heads& h, float* lse) {
+  const Timed timed("attention");
   constexpr int chunk = 16;  // rows a task
   struct Task {
     int segment, first, count, head;
@@ -306,6 +308,7 @@ void gather_shared(Engine& engine, const Batch& batch, const Heads& h, float* sh
 // Gradients of the products q, k and v, in engine.dq, dk and dv, from that of the attended values.
 void attend_all_backward(Engine& engine, Mode mode, const Batch& batch, const Heads& h, const LayerTape& tape, const float* flat,
                          const float* d_flat) {
+  const Timed timed("attention: backward");
   const Layer& own = h.own;
   const size_t rows = size_t(batch.rows);
   float *mixed = engine.attn_q.get<float>(rows * h.heads_q), *d_mixed = engine.attn_k.get<float>(rows * h.heads_q);
@@ -364,7 +367,10 @@ void attention_forward(Engine& engine, int layer, Mode mode, float* x, const Bat
   engine.attn_k.get<float>(rows * h.heads_kv);
   engine.attn_v.get<float>(rows * h.heads_kv);
   engine.mixed.get<float>(rows * h.heads_q);
-  place(engine, batch, cache, cache_layer, h);
+  {
+    const Timed timed("rotation and cache");
+    place(engine, batch, cache, cache_layer, h);
+  }
   attend_all(engine, batch, cache, cache_layer, h, tape ? tape->lse.get<float>(rows * own.heads) : nullptr);
   float* flat = engine.mixed_flat.get<float>(rows * h.q);
   flatten(h, engine.mixed.data<float>(), batch.rows, flat);

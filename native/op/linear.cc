@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "base/profile.h"
 #include "op/engine.h"
 
 namespace nomoat {
@@ -313,12 +314,46 @@ void backward_panels(Engine& engine, const Activations& x, const LinearBackwardJ
   });
 }
 
+// Of the profile: products that share their input are one stage.
+struct StageNames {
+  const char *forward, *backward;
+};
+StageNames stage_of(int target) {
+  switch (target) {
+    case kQ:
+    case kK:
+    case kV:
+      return {"q, k, v", "q, k, v: backward"};
+    case kO:
+      return {"attention output", "attention output: backward"};
+    case kGate:
+    case kUp:
+    case kSharedGate:
+    case kSharedUp:
+      return {"gate, up", "gate, up: backward"};
+    case kDown:
+    case kSharedDown:
+      return {"down", "down: backward"};
+    default:
+      return {"head", "head: backward"};  // and routers
+  }
+}
+
 // Whether products round their factors to bf16; where not, the mode says what the tape and the cache hold.
 bool low_products(Mode mode) { return mode == Mode::bf16 && kernels().bf16_dots; }
+
+void add_bias(const Activations& x, const LinearJob* jobs, int count) {
+  for (int j = 0; j < count; j++)
+    if (const float* bias = jobs[j].bias)
+      for_rows(x.rows, 16, [&](int first, int last) {
+        for (int m = first; m < last; m++) kernels().axpy(bias, 1, jobs[j].ldy, jobs[j].y + size_t(m) * jobs[j].ldy);
+      });
+}
 
 }  // namespace
 
 Activations prepare(Mode mode, int digits, const float* x, int rows, int cols, Buffer& low, Buffer& q, Buffer& blocks) {
+  const Timed timed("activations to low precision");
   const bool words = digits == 2 && kernels().words_from && rows >= kernels().words_from;
   Activations a{mode, rows, cols, words ? kWords : digits, x, nullptr, nullptr, nullptr};
   if (low_products(mode)) {
@@ -344,22 +379,26 @@ Activations prepare(Mode mode, int digits, const float* x, int rows, int cols, B
 
 void linear(Engine& engine, const Activations& x, const LinearJob* jobs, int count, const Batch& batch, int layer) {
   if (x.mode == Mode::int8) {
-    linear_int8(x, jobs, count);
+    {
+      const Timed timed(stage_of(jobs[0].target).forward);
+      linear_int8(x, jobs, count);
+    }
+    const Timed timed("adapters");
     adapters_int8(engine, x, jobs, count, batch, layer);
-  } else if (low_products(x.mode)) {
+    return add_bias(x, jobs, count);
+  }
+  const Timed timed(stage_of(jobs[0].target).forward);
+  if (low_products(x.mode)) {
     linear_panels<bf16>(engine, x, jobs, count, batch, layer);
   } else {
     linear_panels<float>(engine, x, jobs, count, batch, layer);
   }
-  for (int j = 0; j < count; j++)
-    if (const float* bias = jobs[j].bias)
-      for_rows(x.rows, 16, [&](int first, int last) {
-        for (int m = first; m < last; m++) kernels().axpy(bias, 1, jobs[j].ldy, jobs[j].y + size_t(m) * jobs[j].ldy);
-      });
+  add_bias(x, jobs, count);
 }
 
 void linear_backward(Engine& engine, const Activations& x, const LinearBackwardJob* jobs, int count, const Batch& batch,
                      int layer, float* dx, int ldx) {
+  const Timed timed(stage_of(jobs[0].target).backward);
   if (low_products(x.mode))
     backward_panels<bf16>(engine, x, jobs, count, batch, layer, dx, ldx);
   else

@@ -1,6 +1,7 @@
 // x += [norm] Wdown (act(Wgate h) * (Wup h)), or Wdown act(Wup h) without a gate; h = [norm] x. Backward reads the tape: x before
 // the block, gate and up with their biases, what a post-norm needs.
 
+#include "base/profile.h"
 #include "op/engine.h"
 
 namespace nomoat {
@@ -17,6 +18,7 @@ struct Gated {
 };
 
 void activate(const Dims& dims, const Gated& in, int rows, int ffn, float* out) {
+  const Timed timed("activation");
   const auto act = dims.gelu ? kernels().gelu_mul : kernels().silu_mul;
   for_rows(rows, 8, [&](int first, int last) {
     const size_t at = size_t(first) * ffn;
@@ -25,6 +27,7 @@ void activate(const Dims& dims, const Gated& in, int rows, int ffn, float* out) 
 }
 
 void activate_backward(const Dims& dims, const Gated& in, const float* d_out, int rows, int ffn) {
+  const Timed timed("activation: backward");
   const auto act = dims.gelu ? kernels().gelu_mul_backward : kernels().silu_mul_backward;
   for_rows(rows, 8, [&](int first, int last) {
     const size_t at = size_t(first) * ffn;

@@ -183,7 +183,7 @@ struct Step {
   Floats logp, gradients, dx;
 };
 
-// As bind.cpp records a step and takes it back.
+// As bind/module.cpp records a step and takes it back.
 Step train(Model& model, Adapter& adapter, Mode mode, const Batch& batch, const std::vector<char>& keep) {
   Engine& e = model.engine;
   Tape tape(e, mode);

@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("nomoat.cli.eval", "Score a model on rows of your own."),
     "run": ("nomoat.cli.run", "Chat with a model, or answer one prompt."),
     "adapters": ("nomoat.cli.adapters", "List, show and remove adapters."),
+    "bench": ("nomoat.cli.bench", "Time this machine, and the engine on it."),
 }
 
 INTERRUPTED = 128 + 2  # SIGINT

@@ -95,7 +95,7 @@ class Model:
         path = Path(path)
         if kv_type not in KV_TYPES:
             raise InputError(f"kv_type = {kv_type!r}; expected one of {', '.join(KV_TYPES)}")
-        _configure(threads)
+        use_machine(threads)
         with _no_collection():
             spec = read_spec(path, context=context)
             weights = load_weights(path, spec, quantize=quantize, progress=progress, admit=admit)
@@ -292,7 +292,8 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _configure(threads: int | None) -> None:
+def use_machine(threads: int | None) -> None:
+    """Chooses the CPU level and the number of threads that the environment, or the caller, asks for. Raises InputError."""
     wanted = os.environ.get(settings.CPU_VARIABLE)
     if wanted:
         try:

@@ -1,100 +1,10 @@
-// The only file that knows Python. It checks shapes, releases the GIL, calls ops, and maps C++ exceptions to Python ones.
-
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
-#include <nanobind/stl/optional.h>
-#include <nanobind/stl/string.h>
-#include <nanobind/stl/vector.h>
-
 #include <cmath>
 #include <memory>
 #include <optional>
-#include <stdexcept>
-#include <string>
 
-#include "op/engine.h"
-
-namespace nb = nanobind;
-using namespace nomoat;
+#include "bind/bind.h"
 
 namespace {
-
-using Floats = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
-using ConstFloats = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
-using ConstInts = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using ConstBytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Bytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-
-// Never converted: a result would go into the copy, and the engine keeps addresses of weights and adapters.
-auto array(const char* name) { return nb::arg(name).noconvert(); }
-
-void require(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument(message);
-}
-
-Mode mode_of(const std::string& name) {
-  if (name == "int8") return Mode::int8;
-  if (name == "bf16") return Mode::bf16;
-  if (name == "f32") return Mode::f32;
-  throw std::invalid_argument("precision '" + name + "': expected int8, bf16 or f32");
-}
-
-Matrix matrix_view(int format, int rows, int cols, const ConstBytes& packed) {
-  Matrix m = packed_matrix(Format(format), rows, cols);
-  require(packed.size() == packed_bytes(m), "packed weights: " + std::to_string(packed.size()) + " bytes, expected " +
-                                                std::to_string(packed_bytes(m)) + " for " + std::to_string(rows) + " x " +
-                                                std::to_string(cols));
-  m.data = packed.data();
-  return m;
-}
-
-void pack(int format, int rows, int cols, const ConstBytes& gguf, const Bytes& packed) {
-  const Matrix m = packed_matrix(Format(format), rows, cols);
-  require(gguf.size() == gguf_row_bytes(m.format, cols) * size_t(rows), "tensor bytes do not match its shape");
-  require(packed.size() == packed_bytes(m), "packed buffer has the wrong size");
-  nb::gil_scoped_release release;
-  pack_matrix(m, gguf.data(), packed.data());
-}
-void quantize_rows(int format, const nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>& x, const Bytes& out) {
-  const Matrix m = packed_matrix(Format(format), int(x.shape(0)), int(x.shape(1)));
-  require(out.size() == gguf_row_bytes(m.format, m.cols) * size_t(m.rows), "out has the wrong size");
-  nb::gil_scoped_release release;
-  encode_rows(m.format, x.data(), m.rows, m.cols, out.data());
-}
-
-void read_rows(int format, int rows, int cols, const ConstBytes& packed, const ConstInts& ids, const Floats& out) {
-  const Matrix m = matrix_view(format, rows, cols, packed);
-  require(out.ndim() == 2 && out.shape(0) == ids.shape(0) && int(out.shape(1)) == padded(cols),
-          "out must be [ids, columns padded to 32]");
-  for (size_t i = 0; i < ids.shape(0); i++) {
-    require(ids.data()[i] >= 0 && ids.data()[i] < rows, "row id out of range");
-    kernels().read_row(m, ids.data()[i], out.data() + i * out.shape(1));
-  }
-}
-
-// y[M, N padded] = x[M, K padded] W^T, and dx = dy W: for tests and the roofline.
-void product(int format, int rows, int cols, const ConstBytes& packed, const ConstFloats& x, const Floats& y,
-             const std::string& precision, bool backward, int digits) {
-  const Matrix m = matrix_view(format, rows, cols, packed);
-  const int in = backward ? padded(rows) : padded(cols), out = backward ? padded(cols) : padded(rows), count = int(x.shape(0));
-  require(x.ndim() == 2 && y.ndim() == 2 && int(x.shape(1)) == in && int(y.shape(1)) == out && x.shape(0) == y.shape(0),
-          "x and y must be [rows, width padded to 32]");
-  require(digits == 1 || digits == 2, "digits: expected 1 or 2");
-  const Mode mode = mode_of(precision);
-  nb::gil_scoped_release release;
-  Dims dims{};
-  Engine engine(dims);
-  const Batch batch;
-  if (backward) {
-    Activations input{mode, count, padded(cols), 0, nullptr, nullptr, nullptr, nullptr};
-    const LinearBackwardJob job[] = {{&m, kTargets, x.data(), in, nullptr}};
-    linear_backward(engine, input, job, 1, batch, 0, y.data(), out);
-  } else {
-    const Activations input = prepare(mode, digits, x.data(), count, in, engine.normed_low, engine.q8, engine.blocks);
-    const LinearJob job[] = {{&m, kTargets, y.data(), out, false, nullptr}};
-    linear(engine, input, job, 1, batch, 0);
-  }
-}
 
 struct PyLora {
   explicit PyLora(int layers) : set(size_t(layers)) {}
@@ -317,77 +227,6 @@ void backward_layer(PyEngine& e, int layer, const Floats& dx, const PyBatch& b, 
   attention_backward(e, layer, tape.mode, dx.data(), b.batch, *own, need_dx);
 }
 
-void check_ids(const ConstInts& ids, int limit, const char* what) {
-  for (size_t i = 0; i < ids.shape(0); i++)
-    require(ids.data()[i] >= 0 && ids.data()[i] < limit,
-            std::string(what) + " " + std::to_string(ids.data()[i]) + ": expected 0 to " + std::to_string(limit - 1));
-}
-
-void bind_machine_and_weights(nb::module_& m) {
-  m.def("usable_levels", [] {
-    std::vector<std::string> names;
-    for (Level level : usable_levels()) names.emplace_back(level_name(level));
-    return names;
-  });
-  m.def("level", [] { return std::string(level_name(kernels().level)); });
-  m.def("set_level", [](const std::string& name) { set_level(level_from_name(name)); }, nb::arg("name"));
-  m.def("threads", [] { return threads(); });
-  m.def(
-      "set_threads",
-      [](int count) {
-        require(count >= 1 && count <= 256, "threads: expected 1 to 256");
-        set_threads(count);
-      },
-      nb::arg("count"));
-  m.def(
-      "packed_bytes", [](int format, int rows, int cols) { return packed_bytes(packed_matrix(Format(format), rows, cols)); },
-      nb::arg("format"), nb::arg("rows"), nb::arg("cols"));
-  m.def(
-      "checksum",
-      [](const ConstBytes& data) {
-        nb::gil_scoped_release release;
-        return checksum(data.data(), data.size());
-      },
-      array("data"));
-  m.def("pack", &pack, nb::arg("format"), nb::arg("rows"), nb::arg("cols"), array("gguf"), array("packed"));
-  m.def("quantize_rows", &quantize_rows, nb::arg("format"), array("x"), array("out"));
-  m.def("read_rows", &read_rows, nb::arg("format"), nb::arg("rows"), nb::arg("cols"), array("packed"), array("ids"),
-        array("out"));
-  m.def("product", &product, nb::arg("format"), nb::arg("rows"), nb::arg("cols"), array("packed"), array("x"), array("y"),
-        nb::arg("precision"), nb::arg("backward") = false, nb::arg("digits") = 1);
-}
-
-void bind_numbers(nb::module_& m) {
-  m.def("sum_squares", [](const ConstFloats& x) { return kernels().sum_squares(x.data(), int64_t(x.size())); }, array("x"));
-  m.def(
-      "adamw",
-      [](const Floats& w, const ConstFloats& g, const Floats& first, const Floats& second, double lr, double beta1, double beta2,
-         double eps, double weight_decay, int64_t step, double grad_scale) {
-        require(w.size() == g.size() && w.size() == first.size() && w.size() == second.size(), "adamw: arrays differ in size");
-        require(step >= 1, "adamw: step counts from 1");
-        const float step_size = float(lr / (1 - std::pow(beta1, double(step)))),
-                    root = float(1 / std::sqrt(1 - std::pow(beta2, double(step))));
-        nb::gil_scoped_release release;
-        kernels().adamw(w.data(), g.data(), first.data(), second.data(), int64_t(w.size()), float(grad_scale), float(beta1),
-                        float(beta2), step_size, root, float(eps), float(1 - lr * weight_decay));
-      },
-      array("param"), array("grad"), array("m"), array("v"), nb::arg("lr"), nb::arg("beta1"), nb::arg("beta2"), nb::arg("eps"),
-      nb::arg("weight_decay"), nb::arg("step"), nb::arg("grad_scale") = 1.0);
-  m.def(
-      "sample",
-      [](const ConstFloats& logits, int vocab, float temperature, int top_k, float top_p, float min_p, float repetition,
-         float presence, float frequency, uint64_t seed, uint64_t step, const ConstInts& recent) {
-        require(vocab > 0 && size_t(vocab) <= logits.size(), "sample: vocabulary exceeds the logits");
-        check_ids(recent, vocab, "token");
-        const Sampling o{temperature, top_p, min_p, repetition, presence, frequency, top_k, seed};
-        nb::gil_scoped_release release;
-        return sample(logits.data(), vocab, o, recent.data(), int(recent.shape(0)), step);
-      },
-      array("logits"), nb::arg("vocab"), nb::arg("temperature"), nb::arg("top_k"), nb::arg("top_p"), nb::arg("min_p"),
-      nb::arg("repetition_penalty"), nb::arg("presence_penalty"), nb::arg("frequency_penalty"), nb::arg("seed"), nb::arg("step"),
-      array("recent"));
-}
-
 void bind_state(nb::module_& m) {
   nb::class_<PyLora>(m, "LoraSet")
       .def(nb::init<int>(), nb::arg("layers"))
@@ -492,8 +331,7 @@ void bind_engine(nb::module_& m) {
 }  // namespace
 
 NB_MODULE(_native, m) {
-  bind_machine_and_weights(m);
-  bind_numbers(m);
+  bind_kernels(m);
   bind_state(m);
   bind_engine(m);
 }

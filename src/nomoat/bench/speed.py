@@ -1,0 +1,237 @@
+"""Decode, prefill, batch and train, timed: tokens per second, the share of what the machine allows, and where the time goes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nomoat import _native
+from nomoat.bench import roofline
+from nomoat.data.pack import Pack
+from nomoat.engine import kv
+from nomoat.engine.lora import TrainableLora
+from nomoat.engine.model import FORWARD_ROWS, Model
+from nomoat.engine.stack import Stack
+from nomoat.errors import InputError
+from nomoat.hub import fit
+from nomoat.train.optimizer import AdamW
+
+#: Bytes that are read to find the bandwidth of main memory, however large the model is.
+LARGEST_READ = 512 * roofline.MEGABYTE
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one kind of work: a rate for each round, what a token costs, and seconds by stage in the last round.
+
+    `limit` is what the machine could do: tokens per second if nothing but the bytes (or the multiply-adds) of a token counted.
+    """
+
+    work: str
+    rates: list[float]
+    bytes_per_token: float
+    multiply_adds_per_token: float
+    limits: dict[str, float]
+    seconds: float
+    stages: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return statistics.median(self.rates)
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Tokens per second over each limit."""
+        return {name: self.tokens_per_second / limit for name, limit in self.limits.items()}
+
+
+def prefilled(model: Model, tokens: Sequence[int], stack: Stack | None = None) -> tuple[kv.Sequence, float]:
+    """A sequence with `tokens` in its cache, and the seconds that took, the logits of the last token included."""
+    sequence = kv.Sequence()
+    began = time.perf_counter()
+    for begin in range(0, len(tokens), FORWARD_ROWS):
+        part = tokens[begin : begin + FORWARD_ROWS]
+        x = model.forward([(sequence, part, stack)])
+    model.head(x, [len(part) - 1])
+    return sequence, time.perf_counter() - began
+
+
+def decoded(model: Model, tokens: Sequence[int], count: int, streams: int = 1, stacks: Sequence[Stack | None] = (None,)) -> float:
+    """Seconds for `count` steps after a prompt, each a batch of one token of every stream. Which tokens does not matter."""
+    sequences = [prefilled(model, tokens, stacks[i % len(stacks)])[0] for i in range(streams)]
+    began = time.perf_counter()
+    for step in range(count):
+        rows = [(sequence, [tokens[(step + i) % len(tokens)]], stacks[i % len(stacks)]) for i, sequence in enumerate(sequences)]
+        model.head(model.forward(rows), range(streams))
+    seconds = time.perf_counter() - began
+    for sequence in sequences:
+        model.pool().cut(sequence, 0)
+    return seconds
+
+
+class TrainStep:
+    """A step of LoRA on all linears, gradients and AdamW; all tokens carry loss."""
+
+    def __init__(self, model: Model, rank: int) -> None:
+        self.model = model
+        self.lora = TrainableLora(model.spec, rank=rank, alpha=2.0 * rank)
+        self.optimizer = AdamW(self.lora.parameters, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+
+    def run(self, packs: Sequence[Pack]) -> float:
+        """Mean loss over the packs, in nats."""
+        total = sum(pack.rows for pack in packs)
+        self.lora.zero_grad()
+        loss = 0.0
+        for pack in packs:
+            logp = self.model.loss_gradients(pack, self.lora, np.full(pack.rows, -1 / total, np.float32))
+            loss -= float(logp.sum()) / total
+        self.optimizer.update(self.lora.gradients, rate=1e-4, scale=1.0)
+        return loss
+
+
+def dense_packs(tokens: Sequence[int], rows: int, length: int, max_tokens: int = 1024) -> list[Pack]:
+    """`rows` segments of `length` tokens that share no beginning, as many in a pack as `max_tokens` allow."""
+    each = max(1, max_tokens // length)
+    packs = []
+    for first in range(0, rows, each):
+        count = min(each, rows - first)
+        flat = np.concatenate([np.roll(np.resize(np.asarray(tokens, np.int32), length), first + i) for i in range(count)])
+        starts = np.arange(0, (count + 1) * length, length, dtype=np.int32)
+        packs.append(Pack(flat, starts, np.roll(flat, -1), np.ones(len(flat), np.float32), tuple(range(count))))
+    return packs
+
+
+def random_stack(model: Model, rank: int, seed: int) -> Stack:
+    """An adapter on all linears that changes something: B is not zero."""
+    lora = TrainableLora(model.spec, rank=rank, alpha=2.0 * rank, seed=seed)
+    random = np.random.default_rng(seed)
+    for parameter in lora.parameters[1::2]:
+        parameter[...] = 0.01 * random.standard_normal(parameter.shape, np.float32)
+    return Stack(model.spec, [(lora.to_adapter(), 1.0)])
+
+
+def weight_bytes(model: Model) -> float:
+    """Packed bytes of the weights that one token reads: of experts those used, the head, and no embedding rows."""
+    spec = model.spec
+    total = 0.0
+    for name, tensor in model.weights.tensors.items():
+        layer, part = (int(name.split(".")[1]), name.split(".")[2]) if name.startswith("blk.") else (-1, name)
+        experts = spec.experts_at(part, layer) if layer >= 0 else 0
+        if name != "embed" or spec.tied_head:
+            total += tensor.data.nbytes * (spec.experts_used / experts if experts else 1)
+    return total
+
+
+def head_weights(model: Model) -> int:
+    return model.spec.vocab * model.spec.width
+
+
+def linear_weights(model: Model) -> int:
+    """Weights of the linears that one token is multiplied with; not those of the head."""
+    return model.spec.active_parameters() - (1 if model.spec.tied_head else 2) * head_weights(model)
+
+
+def decode(model: Model, *, prompt: int, tokens: int, rounds: int) -> Speed:
+    """One stream: a token at a time after `prompt` tokens."""
+    return _batch("decode", model, [None], prompt=prompt, tokens=tokens, streams=1, rounds=rounds)
+
+
+def batch(model: Model, *, streams: int, adapters: int, rank: int, prompt: int, tokens: int, rounds: int) -> Speed:
+    """`streams` streams, one token of each a step; with adapters, each stream has one of them."""
+    stacks: list[Stack | None] = [random_stack(model, rank, seed) for seed in range(adapters)]
+    return _batch("batch", model, stacks or [None], prompt=prompt, tokens=tokens, streams=streams, rounds=rounds)
+
+
+def _batch(
+    work: str, model: Model, stacks: Sequence[Stack | None], *, prompt: int, tokens: int, streams: int, rounds: int
+) -> Speed:
+    _check_context(model, prompt + tokens)
+    given = _some_tokens(model, prompt)
+    seconds = [decoded(model, given, tokens, streams, stacks) for _ in range(rounds + 1)][1:]
+    sequences = [prefilled(model, given, stacks[i % len(stacks)])[0] for i in range(streams)]
+    with _profile() as stages:
+        for step in range(tokens):
+            rows = [(s, [given[step % len(given)]], stacks[i % len(stacks)]) for i, s in enumerate(sequences)]
+            model.head(model.forward(rows), range(streams))
+    for sequence in sequences:
+        model.pool().cut(sequence, 0)
+    adapters = sum(4.0 * linear.a.size + 4.0 * linear.bt.size for s in stacks if s is not None for linear in s.linears.values())
+    keys = fit.kv_bytes_per_token(model.spec, model.kv_type) * (prompt + tokens / 2)
+    size = (weight_bytes(model) + adapters) / streams + keys
+    products = linear_weights(model) + head_weights(model)
+    limits = {"memory": roofline.read_bandwidth(int(min(size * streams, LARGEST_READ))) / size}
+    if streams > 1:
+        limits["int8"] = roofline.multiply_adds("int8") / products
+    return Speed(work, [streams * tokens / s for s in seconds], size, products, limits, stages.pop("all"), stages)
+
+
+def prefill(model: Model, *, tokens: int, rounds: int) -> Speed:
+    """A prompt of `tokens` tokens, with the logits of the last."""
+    _check_context(model, tokens)
+    given = _some_tokens(model, tokens)
+
+    def once() -> float:
+        sequence, seconds = prefilled(model, given)
+        model.pool().cut(sequence, 0)
+        return seconds
+
+    seconds = [once() for _ in range(rounds + 1)][1:]
+    with _profile() as stages:
+        once()
+    products = linear_weights(model) + head_weights(model) / tokens
+    size = weight_bytes(model) / min(tokens, FORWARD_ROWS)
+    limits = {"int8": roofline.multiply_adds("int8") / products}
+    return Speed("prefill", [tokens / s for s in seconds], size, products, limits, stages.pop("all"), stages)
+
+
+def train(model: Model, *, rows: int, length: int, rank: int, rounds: int) -> Speed:
+    """A step of LoRA on `rows` sequences of `length` tokens; multiply-adds as in `nomoat fit`: no dW of frozen weights."""
+    _check_context(model, length)
+    step = TrainStep(model, rank)
+    packs = dense_packs(_some_tokens(model, length), rows, length)
+    seconds = []
+    for _ in range(rounds + 1):
+        began = time.perf_counter()
+        step.run(packs)
+        seconds.append(time.perf_counter() - began)
+    with _profile() as stages:
+        step.run(packs)
+    products = 2.0 * (linear_weights(model) + head_weights(model))
+    kinds = {kind: roofline.multiply_adds(kind) for kind in ("bf16", "f32")}
+    kind = max(kinds, key=lambda name: kinds[name])  # a level without dots of bf16 takes float32 products
+    limits = {kind: kinds[kind] / products}
+    size = weight_bytes(model) * 2 * len(packs) / (rows * length)
+    return Speed("train", [rows * length / s for s in seconds[1:]], size, products, limits, stages.pop("all"), stages)
+
+
+@contextmanager
+def _profile() -> Iterator[dict[str, float]]:
+    """Seconds by stage of what runs inside; `all` is the whole, `rest` what no stage counted."""
+    found: dict[str, float] = {}
+    _native.profile(True)
+    began = time.perf_counter()
+    try:
+        yield found
+    finally:
+        found["all"] = time.perf_counter() - began
+        _native.profile(False)
+    found.update(_native.profiled())
+    found["rest"] = max(0.0, 2 * found["all"] - sum(found.values()))
+
+
+def _some_tokens(model: Model, count: int) -> list[int]:
+    return [(100 + i) % model.spec.vocab for i in range(count)]
+
+
+def _check_context(model: Model, tokens: int) -> None:
+    if tokens > model.spec.context:
+        raise InputError(f"{tokens:,} tokens; the model was trained for {model.spec.context:,}", code="E_LIMIT")
+
+
+#: work: what measures it
+WORK: dict[str, Callable[..., Speed]] = {"decode": decode, "prefill": prefill, "batch": batch, "train": train}
