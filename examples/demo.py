@@ -2,7 +2,7 @@
 
     make demo          or          python examples/demo.py
 
-Gets SmolLM2-135M, scores it on 200 messages, trains an adapter on 1,200 others, scores again, asks two fresh questions.
+Gets SmolLM2-135M, scores it on 200 messages, trains an adapter on 576 of 1,200 others, scores again, asks two fresh questions.
 The last line of output is one JSON object.
 """
 

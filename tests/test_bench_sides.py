@@ -7,9 +7,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
-from bench import decode, machine, run, speed_page
+from bench import adapters, decode, machine, run, speed_page
 from bench.peers.channel import Side, SideError, serve
+
+from nomoat.bench import speed
+from nomoat.engine.generate import Sampling, generate
+from nomoat.engine.model import Model
+from nomoat.engine.weights import read_spec
+from tiny import tiny_llama
 
 ECHO = "bench_echo_side"
 SOURCE = """
@@ -54,9 +62,40 @@ def test_a_side_that_ends_is_an_error(side: Side) -> None:
 
 
 def test_serve_is_what_the_sides_call() -> None:
-    for name in ("llamacpp_side", "nomoat_side", "nomoat_train_side", "peft_side"):
+    for name in ("llamacpp_side", "nomoat_side", "nomoat_train_side", "peft_side", "server_side"):
         source = (machine.ROOT / "bench" / "peers" / f"{name}.py").read_text(encoding="utf-8")
         assert f"{serve.__name__}({{" in source
+
+
+def test_nomoat_answers_many_requests_each_with_its_adapter(tmp_path: Path) -> None:
+    path = tiny_llama(tmp_path / "tiny.gguf")
+    prompts = [[3, 4, 5, 6], [7, 8, 9, 10], [3, 4, 5, 6]]
+    with Side("bench.peers.nomoat_side") as side:
+        side.ask("load", path=str(path), threads=1)
+        side.ask("adapters", rank=4, count=2)
+        together = side.ask("answers", prompts=prompts, adapters=[0, 1, -1], count=5)["tokens"]
+        alone = [side.ask("answers", prompts=[prompts[i]], adapters=[a], count=5)["tokens"][0] for i, a in enumerate((0, 1, -1))]
+    assert together == alone and [len(tokens) for tokens in together] == [5, 5, 5]
+    model = Model.load(path)
+    stacks = [speed.random_stack(model.spec, 4, 0), speed.random_stack(model.spec, 4, 1), None]
+    expected = generate(model, prompts, Sampling(max_tokens=5, speculate=False), stacks=stacks)
+    assert [answer.tokens for answer in expected] == together
+
+
+def test_an_adapter_as_gguf_holds_its_matrices(tmp_path: Path) -> None:
+    spec = read_spec(tiny_llama(tmp_path / "tiny.gguf"))
+    adapter = speed.random_adapter(spec, 4, 0)
+    adapters.write_gguf(adapter, spec.architecture, tmp_path / "adapter.gguf")
+    reader = gguf.GGUFReader(tmp_path / "adapter.gguf")
+    found = {tensor.name: tensor.data for tensor in reader.tensors}
+    assert len(found) == 2 * len(adapter.tensors)
+    assert np.array_equal(found["blk.1.attn_q.weight.lora_a"], adapter.tensors[1, "q"][0])
+    assert found["blk.0.ffn_down.weight.lora_b"].shape == (spec.width, 4)
+    assert reader.fields["adapter.type"].contents() == "lora" and reader.fields["general.type"].contents() == "adapter"
+
+
+def test_agreement_is_what_answers_begin_with_alike() -> None:
+    assert adapters.agreement([[1, 2, 3, 4], [1, 2]], [[1, 2, 9, 4], [1, 2]]) == 0.75
 
 
 def test_results_say_what_made_them(tmp_path: Path) -> None:

@@ -74,15 +74,15 @@ def test_a_product_is_not_faster_than_the_peak() -> None:
                 _native.product(f32, side, side, weight, x, y, "f32")
             return float(times * rows * side * side)
 
-        rate = roofline.best_rate(product)
-        peak = roofline.multiply_adds("f32")
+        shares = [roofline.best_rate(product) / roofline.multiply_adds("f32") for _ in range(5)]
     finally:
         _native.set_threads(before)
-    assert 0.1 * peak < rate < 1.3 * peak  # machines change their clock between the two
+    # what else runs here moves each of the two: a wrong count would show in all five
+    assert any(0.1 < share < 1.2 for share in shares), shares
 
 
 def test_small_working_sets_are_read_faster_than_large_ones() -> None:
-    assert roofline.read_bandwidth(1 << 14) > roofline.read_bandwidth(256 << 20)
+    assert any(roofline.read_bandwidth(1 << 14) > roofline.read_bandwidth(256 << 20) for _ in range(5))
 
 
 @pytest.mark.usefixtures("quick")
@@ -139,5 +139,5 @@ def test_the_weights_of_a_token_are_those_of_the_file(tiny: Path) -> None:
 
 def test_a_random_adapter_changes_the_logits(tiny: Path) -> None:
     model = Model.load(tiny)
-    plain, other = model.logits([1, 2, 3]), model.logits([1, 2, 3], stack=speed.random_stack(model, 4, 1))
+    plain, other = model.logits([1, 2, 3]), model.logits([1, 2, 3], stack=speed.random_stack(model.spec, 4, 1))
     assert float(np.abs(plain - other).max()) > 1e-3

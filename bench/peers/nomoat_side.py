@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import numpy as np
 from bench.peers.channel import peak_rss_mb, rss_mb, serve
 
-from nomoat.bench.speed import TrainStep, decoded, dense_packs, prefilled
-from nomoat.engine.model import Model
+from nomoat.bench.speed import TrainStep, decoded, dense_packs, prefilled, random_stack
+from nomoat.engine.generate import Sampling, choose_token
+from nomoat.engine.kv import Sequence
+from nomoat.engine.model import FORWARD_ROWS, Model
 
 state: dict[str, Any] = {}
 
@@ -31,6 +34,37 @@ def decode(tokens: list[int], count: int, streams: int = 1) -> dict[str, Any]:
     return {"seconds": decoded(state["model"], tokens, count, streams)}
 
 
+def adapters(rank: int, count: int) -> dict[str, Any]:
+    """Makes random adapters 0 to `count` - 1."""
+    state["stacks"] = [random_stack(state["model"].spec, rank, seed) for seed in range(count)]
+    return {}
+
+
+def answers(prompts: list[list[int]], adapters: list[int], count: int) -> dict[str, Any]:
+    """Seconds until `count` tokens have been generated for every prompt, greedily, in one batch; adapter -1 is none."""
+    model: Model = state["model"]
+    greedy = Sampling()
+    stacks = [state["stacks"][i] if i >= 0 else None for i in adapters]
+    sequences = [Sequence() for _ in prompts]
+    said: list[list[int]] = [[] for _ in prompts]
+    began = time.perf_counter()
+    each = max(1, FORWARD_ROWS // len(prompts[0]))  # prompts of one step
+    for first in range(0, len(prompts), each):
+        group = range(first, min(first + each, len(prompts)))
+        x = model.forward([(sequences[i], prompts[i], stacks[i]) for i in group])
+        ends = np.cumsum([len(prompts[i]) for i in group]) - 1
+        for i, logits in zip(group, model.head(x, ends.astype(np.int32)), strict=True):
+            said[i].append(choose_token(greedy, logits, said[i]))
+    for _ in range(count - 1):
+        x = model.forward([(sequences[i], said[i][-1:], stacks[i]) for i in range(len(prompts))])
+        for i, logits in enumerate(model.head(x, range(len(prompts)))):
+            said[i].append(choose_token(greedy, logits, said[i]))
+    seconds = time.perf_counter() - began
+    for sequence in sequences:
+        model.pool().cut(sequence, 0)
+    return {"seconds": seconds, "tokens": said}
+
+
 def train(tokens: list[int], rank: int) -> dict[str, Any]:
     """Seconds for a step of LoRA on all linears of one sequence whose tokens all carry loss: gradients and AdamW."""
     if "step" not in state:
@@ -47,4 +81,5 @@ def memory() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    serve({"load": load, "prefill": prefill, "decode": decode, "train": train, "memory": memory})
+    work = (load, prefill, decode, adapters, answers, train, memory)
+    serve({handler.__name__: handler for handler in work})

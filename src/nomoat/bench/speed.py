@@ -16,9 +16,10 @@ from nomoat.data.pack import Pack
 from nomoat.engine import kv
 from nomoat.engine.lora import TrainableLora
 from nomoat.engine.model import FORWARD_ROWS, Model
-from nomoat.engine.stack import Stack
+from nomoat.engine.stack import Adapter, Stack
 from nomoat.errors import InputError
 from nomoat.hub import fit
+from nomoat.models.spec import ModelSpec
 from nomoat.train.optimizer import AdamW
 
 #: Bytes that are read to find the bandwidth of main memory, however large the model is.
@@ -106,13 +107,18 @@ def dense_packs(tokens: Sequence[int], rows: int, length: int, max_tokens: int =
     return packs
 
 
-def random_stack(model: Model, rank: int, seed: int) -> Stack:
+def random_adapter(spec: ModelSpec, rank: int, seed: int) -> Adapter:
     """An adapter on all linears that changes something: B is not zero."""
-    lora = TrainableLora(model.spec, rank=rank, alpha=2.0 * rank, seed=seed)
+    lora = TrainableLora(spec, rank=rank, alpha=2.0 * rank, seed=seed)
     random = np.random.default_rng(seed)
     for parameter in lora.parameters[1::2]:
         parameter[...] = 0.01 * random.standard_normal(parameter.shape, np.float32)
-    return Stack(model.spec, [(lora.to_adapter(), 1.0)])
+    return lora.to_adapter()
+
+
+def random_stack(spec: ModelSpec, rank: int, seed: int) -> Stack:
+    """That adapter alone, as it is applied."""
+    return Stack(spec, [(random_adapter(spec, rank, seed), 1.0)])
 
 
 def weight_bytes(model: Model) -> float:
@@ -143,7 +149,7 @@ def decode(model: Model, *, prompt: int, tokens: int, rounds: int) -> Speed:
 
 def batch(model: Model, *, streams: int, adapters: int, rank: int, prompt: int, tokens: int, rounds: int) -> Speed:
     """`streams` streams, one token of each a step; with adapters, each stream has one of them."""
-    stacks: list[Stack | None] = [random_stack(model, rank, seed) for seed in range(adapters)]
+    stacks: list[Stack | None] = [random_stack(model.spec, rank, seed) for seed in range(adapters)]
     return _batch("batch", model, stacks or [None], prompt=prompt, tokens=tokens, streams=streams, rounds=rounds)
 
 
