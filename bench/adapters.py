@@ -10,6 +10,7 @@ Writes bench/results/adapters.json.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
@@ -59,13 +60,9 @@ def write_gguf(adapter: Adapter, architecture: str, path: Path) -> None:
     writer.close()
 
 
-def agreement(own: list[list[int]], other: list[list[int]]) -> float:
-    """Mean share of each answer that both begin with alike. Arithmetic differs, so answers part somewhere."""
-    shares = []
-    for ours, theirs in zip(own, other, strict=True):
-        same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-        shares.append(same / max(1, len(ours)))
-    return statistics.mean(shares)
+def agreement(own: list[str], other: list[str]) -> float:
+    """Mean share of each text that both begin with alike. Arithmetic differs, so answers part somewhere."""
+    return statistics.mean(len(os.path.commonprefix(pair)) / max(1, len(pair[0])) for pair in zip(own, other, strict=True))
 
 
 def main() -> None:
@@ -109,7 +106,7 @@ def main() -> None:
                 ours = own.ask("answers", prompts=prompts, adapters=which, count=given.new)
                 plain = own.ask("answers", prompts=prompts, adapters=none, count=given.new)
                 theirs = server.ask("answers", prompts=prompts, adapters=which, count=given.new)
-                share = agreement(ours["tokens"], theirs["tokens"])
+                share = agreement(ours["texts"], theirs["texts"])
                 if round:
                     for key, answer in zip(seconds, (ours, plain, theirs), strict=True):
                         seconds[key].append(answer["seconds"])

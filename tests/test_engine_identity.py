@@ -19,7 +19,7 @@ pytest.importorskip("nomoat._native")
 
 from nomoat import _native
 from nomoat.engine.generate import Sampling, generate, stream
-from nomoat.engine.kv import Sequence
+from nomoat.engine.kv import KvType, Sequence
 from nomoat.engine.lora import TrainableLora
 from nomoat.engine.model import Model
 from nomoat.engine.stack import Stack
@@ -120,6 +120,21 @@ def test_threads_do_not_change_the_real_model(smollm2: Path) -> None:
         bits = train_bits(model, pack, "bf16")
         found.append([model.logits(tokens[:1]).tobytes(), model.logits(tokens).tobytes(), *bits])
     assert found[0] == found[1]
+
+
+@pytest.mark.usefixtures("one_thread_after")
+@pytest.mark.parametrize("kv_type", ["bf16", "int8"])
+def test_threads_that_share_a_long_row_do_not_change_it(tmp_path: Path, kv_type: KvType) -> None:
+    """Beyond 1,024 keys, steps of a few rows cut keys and dimensions among the threads."""
+    path = tiny_llama(tmp_path / "long.gguf", type="Q4_1", context=2048, heads=6, kv_heads=3, width=96)
+    tokens = np.random.default_rng(5).integers(3, 271, 1100).tolist()
+    alone = Model.load(path, threads=1, kv_type=kv_type).logits(tokens)
+    model = Model.load(path, threads=2, kv_type=kv_type)
+    sequence = Sequence()
+    model.forward([(sequence, tokens[:1050], None)])
+    for first, last in ((1050, 1051), (1051, 1053), (1053, 1070), (1070, 1100)):
+        x = model.forward([(sequence, tokens[first:last], None)])
+        np.testing.assert_array_equal(model.head(x, range(last - first)), alone[first:last])
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -62,7 +62,7 @@ def answers(prompts: list[list[int]], adapters: list[int], count: int) -> dict[s
     seconds = time.perf_counter() - began
     for sequence in sequences:
         model.pool().cut(sequence, 0)
-    return {"seconds": seconds, "tokens": said}
+    return {"seconds": seconds, "tokens": said, "texts": [model.tokenizer.decode(tokens) for tokens in said]}
 
 
 def train(tokens: list[int], rank: int) -> dict[str, Any]:

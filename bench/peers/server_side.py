@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -28,34 +27,31 @@ def load(path: str, adapters: list[str], threads: int, slots: int, context: int)
     params.cache_ram_mib = 0
     state["server"] = xllamacpp.Server(params)
     state["adapters"] = len(adapters)
-    return {"version": xllamacpp.BUILD_INFO if isinstance(xllamacpp.BUILD_INFO, str) else str(xllamacpp.BUILD_INFO)}
+    return {"build": str(xllamacpp.BUILD_INFO)}
 
 
 def answers(prompts: list[list[int]], adapters: list[int], count: int) -> dict[str, Any]:
-    """Seconds until `count` tokens have been generated for every prompt, greedily; and the tokens, where the server tells."""
+    """Seconds until `count` tokens have been generated for every prompt, greedily; and the texts."""
 
-    def ask(prompt: list[int], adapter: int) -> dict[str, Any]:
+    def ask(prompt: list[int], adapter: int) -> str:
         request = {
             "prompt": prompt,
             "n_predict": count,
             "temperature": 0.0,
             "ignore_eos": True,
             "cache_prompt": False,
-            "return_tokens": True,
             "lora": [{"id": i, "scale": float(i == adapter)} for i in range(state["adapters"])],
         }
-        answer: Any = state["server"].handle_completions(request)
-        found: dict[str, Any] = json.loads(answer) if isinstance(answer, str) else answer
-        return found
+        answer = state["server"].handle_completions(request)
+        if answer.get("usage", {}).get("completion_tokens") != count:
+            raise RuntimeError(f"the server answered {str(answer)[:300]}")
+        text: str = answer["choices"][0]["text"]
+        return text
 
     began = time.perf_counter()
     with ThreadPoolExecutor(len(prompts)) as pool:
-        found = list(pool.map(ask, prompts, adapters))
-    seconds = time.perf_counter() - began
-    for one in found:
-        if "error" in one or one.get("tokens_predicted", count) != count:
-            raise RuntimeError(f"the server answered {str(one)[:300]}")
-    return {"seconds": seconds, "tokens": [one.get("tokens", []) for one in found], "peak_rss_mb": peak_rss_mb()}
+        texts = list(pool.map(ask, prompts, adapters))
+    return {"seconds": time.perf_counter() - began, "texts": texts, "peak_rss_mb": peak_rss_mb()}
 
 
 if __name__ == "__main__":

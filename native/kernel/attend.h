@@ -112,59 +112,96 @@ inline void mix_tile(const float* const* p, At at, int first, int last, int d, c
     for (int i = 0; i < D; i++) V::store(out[r] + d + i * V::W, V::mul(acc[r][i], V::set1(factor[r])));
 }
 
+// Up to 16 accumulators: with three rows of eight lanes, 32 dimensions are a cache line of bf16.
 template <class V, int R, class At>
-inline void mix(const float* const* p, At at, int first, int last, int dim, const float* factor, float* const* out) {
-  int d = 0;
-  for (; d + 2 * V::W <= dim; d += 2 * V::W) mix_tile<V, R, 2>(p, at, first, last, d, factor, out);
-  for (; d < dim; d += V::W) mix_tile<V, R, 1>(p, at, first, last, d, factor, out);
+inline void mix(const float* const* p, At at, int first, int last, int begin, int end, const float* factor, float* const* out) {
+  int d = begin;
+  if constexpr (V::W == 8 && R <= 3)
+    for (; d + 4 * V::W <= end; d += 4 * V::W) mix_tile<V, R, 4>(p, at, first, last, d, factor, out);
+  for (; d + 2 * V::W <= end; d += 2 * V::W) mix_tile<V, R, 2>(p, at, first, last, d, factor, out);
+  for (; d < end; d += V::W) mix_tile<V, R, 1>(p, at, first, last, d, factor, out);
 }
 
+// R virtual rows, the keys that they see, and where their scores are.
 template <class V, class T, int R>
-void attend_rows(const AttendArgs& a, int virtual_row, int padded) {
-  const float* q[R];
-  float *scores[R], *at[R], *out[R];
-  float inverse[R];
-  int last = 0, first = 1 << 30;
-  for (int r = 0; r < R; r++) {
-    const int row = (virtual_row + r) / a.heads, head = (virtual_row + r) % a.heads;
-    q[r] = a.q + size_t(row) * a.q_stride + head * a.dim;
-    out[r] = a.out + size_t(row) * a.q_stride + head * a.dim;
-    scores[r] = a.scratch + size_t(virtual_row + r) * padded;
-    const int position = a.first_position + row, start = a.window && position >= a.window ? position - a.window + 1 : 0;
-    last = position > last ? position : last;
-    first = start < first ? start : first;
+struct AttendRows {
+  const AttendArgs& a;
+  int virtual_row, first = 1 << 30, last = 0;  // keys that any of the rows sees
+  float *scores[R], *inverse;                  // [key]; of the sum of each row's exponentials
+
+  AttendRows(const AttendArgs& args, int row, int padded) : a(args), virtual_row(row) {
+    for (int r = 0; r < R; r++) {
+      scores[r] = a.scratch + size_t(virtual_row + r) * padded;
+      first = start(r) < first ? start(r) : first;
+      last = position(r) > last ? position(r) : last;
+    }
+    inverse = a.scratch + size_t(a.rows) * a.heads * padded + virtual_row;
   }
-  const int begin = first / 16 * 16;
-  for (int key = begin; key <= last; key += 16) {
-    const T* page = reinterpret_cast<const T*>(a.k[key / kPageTokens]);
-    for (int r = 0; r < R; r++) at[r] = scores[r] + key;
-    score_block<V, T, R>(q, page + size_t(key % kPageTokens / 16) * 16 * a.dim, a.dim, at);
-    if constexpr (sizeof(T) == 1)
-      for (int r = 0; r < R; r++) scale_keys<V>(a.k, key, a.dim, at[r]);
+  int row(int r) const { return (virtual_row + r) / a.heads; }
+  int head(int r) const { return (virtual_row + r) % a.heads; }
+  int position(int r) const { return a.first_position + row(r); }
+  int start(int r) const { return a.window && position(r) >= a.window ? position(r) - a.window + 1 : 0; }
+  size_t at(int r) const { return size_t(row(r)) * a.q_stride + head(r) * a.dim; }
+
+  void score(int from, int to) const {
+    const float* q[R];
+    float* block[R];
+    for (int r = 0; r < R; r++) q[r] = a.q + at(r);
+    for (int key = from; key < to; key += 16) {
+      const T* page = reinterpret_cast<const T*>(a.k[key / kPageTokens]);
+      for (int r = 0; r < R; r++) block[r] = scores[r] + key;
+      score_block<V, T, R>(q, page + size_t(key % kPageTokens / 16) * 16 * a.dim, a.dim, block);
+      if constexpr (sizeof(T) == 1)
+        for (int r = 0; r < R; r++) scale_keys<V>(a.k, key, a.dim, block[r]);
+    }
   }
-  const int end = last / 16 * 16 + 16;
-  for (int r = 0; r < R; r++) {
-    const int row = (virtual_row + r) / a.heads, head = (virtual_row + r) % a.heads, position = a.first_position + row;
-    const int start = a.window && position >= a.window ? position - a.window + 1 : 0;
-    if (a.cap != 0) cap_scores<V>(scores[r] + begin, end - begin, a.cap);
-    float maximum;
-    const float sum = soften<V>(scores[r] + begin, end - begin, start - begin, position - begin, &maximum);
-    inverse[r] = 1.0f / sum;
-    if (a.lse) a.lse[size_t(row) * a.lse_stride + head] = maximum + logf(sum);
-    if constexpr (sizeof(T) == 1)
-      for (int key = begin; key < end; key += 16) scale_keys<V>(a.v, key, a.dim, scores[r] + key);
+
+  void weigh(int from, int to) const {
+    for (int r = 0; r < R; r++) {
+      if (a.cap != 0) cap_scores<V>(scores[r] + from, to - from, a.cap);
+      float maximum;
+      const float sum = soften<V>(scores[r] + from, to - from, start(r) - from, position(r) - from, &maximum);
+      inverse[r] = 1.0f / sum;
+      if (a.lse) a.lse[size_t(row(r)) * a.lse_stride + head(r)] = maximum + logf(sum);
+      if constexpr (sizeof(T) == 1)
+        for (int key = from; key < to; key += 16) scale_keys<V>(a.v, key, a.dim, scores[r] + key);
+    }
   }
-  auto value = [&](int key) { return reinterpret_cast<const T*>(a.v[key / kPageTokens]) + size_t(key % kPageTokens) * a.dim; };
-  mix<V, R>(scores, value, first, last, a.dim, inverse, out);
-}
+
+  void sum_values(int from, int to) const {
+    float* out[R];
+    for (int r = 0; r < R; r++) out[r] = a.out + at(r);
+    auto value = [&](int key) { return reinterpret_cast<const T*>(a.v[key / kPageTokens]) + size_t(key % kPageTokens) * a.dim; };
+    mix<V, R>(scores, value, first, last, from, to, inverse, out);
+  }
+
+  void run() const {
+    const int from = first / 16 * 16, to = last / 16 * 16 + 16;
+    switch (a.part) {
+      case AttendPart::scores:
+        return score(a.begin > from ? a.begin : from, a.end < to ? a.end : to);
+      case AttendPart::weights:
+        return weigh(from, to);
+      case AttendPart::values:
+        return sum_values(a.begin, a.end);
+      default:
+        score(from, to);
+        weigh(from, to);
+        sum_values(0, a.dim);
+    }
+  }
+};
 
 template <class V, class T>
 void attend(const AttendArgs& a) {
   const int padded = round_up(a.first_position + a.rows, 16), total = a.rows * a.heads;
+  auto run = [&]<int R>(int r) {
+    if (a.part != AttendPart::weights || (a.begin <= r && r < a.end)) AttendRows<V, T, R>(a, r, padded).run();
+  };
   int r = 0;
-  for (; r + 4 <= total; r += 4) attend_rows<V, T, 4>(a, r, padded);
-  for (; r + 3 <= total; r += 3) attend_rows<V, T, 3>(a, r, padded);
-  for (; r < total; r++) attend_rows<V, T, 1>(a, r, padded);
+  for (; r + 4 <= total; r += 4) run.template operator()<4>(r);
+  for (; r + 3 <= total; r += 3) run.template operator()<3>(r);
+  for (; r < total; r++) run.template operator()<1>(r);
 }
 
 template <class V>
@@ -251,7 +288,7 @@ inline void query_gradients(const AttendBackwardArgs& a, const BackwardRows& b, 
     factor[r] = a.scale;
     dq[r] = a.dq + size_t(b.row + (r0 + r) / a.heads) * a.q_stride + ((r0 + r) % a.heads) * a.dim;
   }
-  mix<V, R>(b.ds + r0, [&](int key) { return a.k + size_t(key) * a.dim; }, b.begin, b.last, a.dim, factor, dq);
+  mix<V, R>(b.ds + r0, [&](int key) { return a.k + size_t(key) * a.dim; }, b.begin, b.last, 0, a.dim, factor, dq);
 }
 
 template <class V>

@@ -29,6 +29,12 @@ struct ActBlock {
   int32_t sum[2];
 };
 
+// Attention as a whole, or one of its three steps, so that threads can share a few rows that see many keys: scores of keys
+// [begin, end), whole blocks of 16 but for the last; then weights of the groups of virtual rows that begin in [begin, end), rows
+// that are taken together; then sums over the values for dimensions [begin, end), multiples of 16. The bits are those of the
+// whole.
+enum class AttendPart { all, scores, weights, values };
+
 // Query rows that share one kv head, against the cache. A "virtual row" is one (row, head) pair.
 struct AttendArgs {
   const float* q;           // [rows][heads][dim], already scaled
@@ -42,8 +48,14 @@ struct AttendArgs {
   float* out;               // [rows][heads][dim], stride q_stride
   float* lse;               // [rows][heads] log of the sum of exponentials, stride lse_stride; may be null
   int lse_stride;
-  float* scratch;  // rows * heads * round_up(last position + 1, 16)
+  float* scratch;  // attend_scratch(rows, heads, last position + 1) floats; all parts of the same rows share them
+  AttendPart part = AttendPart::all;
+  int begin = 0, end = 0;
 };
+
+inline size_t attend_scratch(int rows, int heads, int keys) {
+  return size_t(rows) * size_t(heads) * size_t(round_up(keys, 16) + 1);
+}
 
 // One segment and one kv head, all in float32. `scale` is the one that the forward pass put into q. The first `before` keys
 // belong to rows that other segments share: query row i sees keys [0, before + i]. At most kMaxGroup heads.

@@ -77,9 +77,9 @@ struct Case {
   }
 
   // Rows [first, first + rows) into out[count][stride] and lse[count][heads + 1].
-  void run(const Kernels& kernels, Pages kind, int first, int rows, Floats& out, Floats& lse) const {
+  void run(const Kernels& kernels, Pages kind, int first, int rows, Floats& out, Floats& lse, bool in_parts = false) const {
     const auto keys = addresses(key_pages[kind]), values = addresses(value_pages[kind]);
-    Floats scratch(size_t(rows * heads * round_up(first + rows, 16)), NAN);
+    Floats scratch(attend_scratch(rows, heads, first + rows), NAN);
     AttendArgs a;
     a.q = q.data() + first * stride;
     a.rows = rows;
@@ -95,7 +95,14 @@ struct Case {
     a.lse = lse.data() + first * (heads + 1);
     a.lse_stride = heads + 1;
     a.scratch = scratch.data();
-    (kind == kF32 ? kernels.attend_f32 : kind == kBf16 ? kernels.attend_bf16 : kernels.attend_int8)(a);
+    const auto attend = kind == kF32 ? kernels.attend_f32 : kind == kBf16 ? kernels.attend_bf16 : kernels.attend_int8;
+    if (!in_parts) return attend(a);
+    const auto part = [&](AttendPart what, int count, int piece) {
+      for (a.part = what, a.begin = 0; a.begin < count; a.begin += piece) a.end = a.begin + piece, attend(a);
+    };
+    part(AttendPart::scores, round_up(first + rows, 16), 48);
+    part(AttendPart::weights, rows * heads, 1);
+    part(AttendPart::values, dim, 16);
   }
 };
 
@@ -192,6 +199,21 @@ TEST("attend: a row's bits do not depend on the chunk it is computed in") {
           CHECK(same_bits(out, whole) && same_bits(lse, whole_lse), "chunks of %d rows", chunk);
         }
       }
+    });
+  }
+}
+
+TEST("attend: step by step, in pieces, it gives the bits of the whole") {
+  for (const Shape& s : {Shape{131, 3, 16, 0}, Shape{90, 5, 48, 9}, Shape{90, 3, 64, 21, 1.5f}}) {
+    const Case c(s.count, s.heads, s.dim, s.window, s.cap, 120);
+    for_levels([&](const Kernels& k) {
+      for (Pages kind : kPages)
+        for (auto [first, rows] : {std::pair(0, s.count), std::pair(s.count - 1, 1), std::pair(40, 6)}) {
+          Floats whole(c.q.size()), whole_lse(size_t(s.count * (s.heads + 1))), out(whole), lse(whole_lse);
+          c.run(k, kind, first, rows, whole, whole_lse);
+          c.run(k, kind, first, rows, out, lse, true);
+          CHECK(same_bits(out, whole) && same_bits(lse, whole_lse), "rows %d to %d", first, first + rows);
+        }
     });
   }
 }
