@@ -3,15 +3,18 @@
     python bench/train_vs_peft.py                  accuracy, speed and memory; PEFT with the best of three learning rates
     python bench/train_vs_peft.py --quick          PEFT with the rate that was best before
     python bench/train_vs_peft.py --speed-only     30 steps of each side, taking turns: speed only
+    python bench/train_vs_peft.py --dense 4x512 16x128     the same for rows of one length whose tokens are all learned
 
 Both sides get the same token ids, loss masks, batches and learning-rate schedule, in a process of their own; then both answer
 the same 600 test prompts greedily. Tokens are counted without padding, up to the last one that is learned.
-Writes bench/results/train_vs_peft.json (with --speed-only: train_speed.json). PEFT runs in .parity (`make parity`).
+Writes bench/results/train_vs_peft.json (with --speed-only train_speed.json, with --dense train_dense.json, where shapes that are
+not measured keep their figures). PEFT runs in .parity (`make parity`).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import sys
@@ -27,7 +30,7 @@ sys.path.insert(0, str(ROOT))  # for bench.*, however this file is started
 
 from bench.datasets import Row as Conversation  # noqa: E402
 from bench.datasets import load as load_dataset  # noqa: E402
-from bench.machine import environment, write  # noqa: E402
+from bench.machine import RESULTS, environment, write  # noqa: E402
 from bench.peers.channel import Side  # noqa: E402
 from bench.peers.install import PEFT_PYTHON  # noqa: E402
 from bench.train_plan import Plan  # noqa: E402
@@ -86,6 +89,26 @@ def make_plan(
         prompts,
     )
     return plan, [item["messages"][-1]["content"] for item in test]
+
+
+def dense_plan(ids: Sequence[int], rows: int, length: int, steps: int) -> Plan:
+    """`steps` batches of `rows` pieces of a text, `length` tokens each, all learned but the first, which nothing predicts."""
+    count = rows * steps
+    if len(ids) < count * length:
+        raise SystemExit(f"{count * length:,} tokens of text are needed, and there are {len(ids):,}; use fewer --steps")
+    pieces = np.asarray(ids[: count * length], np.int32).reshape(count, length)
+    weights = np.ones(length, np.float32)
+    weights[0] = 0
+    batches = [list(range(begin, begin + rows)) for begin in range(0, count, rows)]
+    return Plan(list(pieces), [weights] * count, batches, [pieces[0]])
+
+
+def shape(text: str) -> tuple[int, int]:
+    """4x512 -> 4 rows of 512 tokens."""
+    rows, _, length = text.partition("x")
+    if not (rows.isdecimal() and length.isdecimal() and int(rows) and int(length) > 1):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected ROWSxLENGTH, for example 4x512")
+    return int(rows), int(length)
 
 
 def schedule(steps: int, peak: float) -> list[float]:
@@ -219,11 +242,30 @@ def options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help=f"PEFT with {BEST_RATE:g} only")
     parser.add_argument("--only", choices=("nomoat", "peft"), help="run one side")
     parser.add_argument("--speed-only", action="store_true")
-    parser.add_argument("--steps", type=int, default=SPEED_STEPS, help="with --speed-only")
+    parser.add_argument("--dense", type=shape, nargs="+", metavar="ROWSxLENGTH", help="speed on rows of these shapes")
+    parser.add_argument("--steps", type=int, default=SPEED_STEPS, help="with --speed-only or --dense")
     parser.add_argument("--chat", action="store_true", help="rows in the model's chat template, with its system prompt")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peft-python", type=Path, default=PEFT_PYTHON)
     return parser.parse_args()
+
+
+def measure_dense(given: argparse.Namespace, path: Path, tokenizer: Tokenizer) -> None:
+    """Speed of both sides on every shape, into train_dense.json."""
+    text = (given.shared / "wikitext2" / "wiki.test.txt").read_text(encoding="utf-8")
+    ids = tokenizer.encode(text, add_bos=False)
+    file = RESULTS / "train_dense.json"
+    shapes = json.loads(file.read_text(encoding="utf-8"))["shapes"] if file.exists() else {}
+    for rows, length in given.dense:
+        plan = dense_plan(ids, rows, length, WARM_STEPS + given.steps)
+        bench = Bench(path, plan, [], tokenizer, given.threads, given.peft_python)
+        with tempfile.TemporaryDirectory(prefix="nomoat-bench-") as name:
+            found = bench.speed(given.steps, Path(name))
+        medians = found["tokens_per_second"]
+        print(f"{rows} x {length}: nomoat {medians['nomoat']:,.0f} tokens/s, PEFT {medians['peft']:,.0f}: x {found['ratio']:.2f}")
+        work = {"model": path.name, "rows": rows, "length": length, "rank": RANK, "alpha": ALPHA}
+        shapes[f"{rows}x{length}"] = {"work": work, **found, "machine": environment(given.threads)}
+    print(f"written: {write('train_dense', {'shapes': shapes})}")
 
 
 def main() -> None:
@@ -239,6 +281,8 @@ def main() -> None:
     with open_gguf(path) as file:
         tokenizer = Tokenizer.from_gguf(file)
         template, default_rate = template_for(file, tokenizer), default_learning_rate(spec_from_gguf(file))
+    if given.dense:
+        return measure_dense(given, path, tokenizer)
     data = load_dataset("clinc150", given.shared, train_rows=given.train, test_rows=given.test)
     plan, expected = make_plan(data.train[: given.first], data.test, tokenizer, template if given.chat else None)
     bench = Bench(path, plan, expected, tokenizer, given.threads, given.peft_python)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -121,6 +122,21 @@ def test_both_trainers_get_the_rows_up_to_the_last_learned_token(tmp_path: Path)
         f"user: question {row}|\nassistant: " for row in range(2)
     ]
     assert expected == ["answer 0", "answer 1"]
+
+
+def test_dense_rows_are_pieces_of_one_text_with_all_but_the_first_token_learned() -> None:
+    plan = train_vs_peft.dense_plan(list(range(100)), rows=3, length=8, steps=4)
+    assert [len(batch) for batch in plan.batches] == [3, 3, 3, 3] and plan.step_tokens(0) == 24
+    assert np.concatenate(plan.tokens).tolist() == list(range(96)) and plan.loss_tokens(3) == 21
+    with pytest.raises(SystemExit, match="96 tokens of text are needed, and there are 95"):
+        train_vs_peft.dense_plan(list(range(95)), rows=3, length=8, steps=4)
+
+
+def test_a_shape_is_rows_by_length() -> None:
+    assert train_vs_peft.shape("4x512") == (4, 512)
+    for wrong in ("4", "x512", "4x1", "0x8", "4x512x2"):
+        with pytest.raises(argparse.ArgumentTypeError, match="ROWSxLENGTH"):
+            train_vs_peft.shape(wrong)
 
 
 def test_the_peers_schedule_is_ours() -> None:
