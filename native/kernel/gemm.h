@@ -20,13 +20,14 @@ inline typename V::I exact_dot(const typename V::B* w, const int8_t* x, int sum)
   return V::add_digit(low, V::template dots<Q::top, N>(V::iset1(0), w, x));
 }
 
-// M rows x W lanes. Integer dots are exact; each lane adds its 32-column blocks in order.
-template <class V, class Q, int M, int D>
-inline void i8_tile(const uint8_t* planes, const uint8_t* scales, size_t strip_bytes, int lane, int tiles, const int8_t* q,
+// M rows x L times W lanes from `first` on. Integer dots are exact; each lane adds its 32-column blocks in order.
+template <class V, class Q, int M, int D, int L>
+inline void i8_tile(const uint8_t* planes, const uint8_t* scales, size_t strip_bytes, int first, int tiles, const int8_t* q,
                     const ActBlock* blocks, float* y, int ldy, bool add) {
   using F = typename V::F;
-  F acc[M];
-  for (int m = 0; m < M; m++) acc[m] = V::zero();
+  F acc[L][M];
+  for (int l = 0; l < L; l++)
+    for (int m = 0; m < M; m++) acc[l][m] = V::zero();
   for (int t = 0; t < tiles; t++) {
     typename V::B w[8];
     const uint8_t* plane = planes + size_t(t) * Q::plane_bytes;
@@ -35,47 +36,54 @@ inline void i8_tile(const uint8_t* planes, const uint8_t* scales, size_t strip_b
       for (int line = 0; line < Q::plane_bytes; line += 64) __builtin_prefetch(plane + 2 * strip_bytes + line, 0, 2);
       if (t % 2 == 0) __builtin_prefetch(scales + 2 * strip_bytes + 32 * t, 0, 2);
     }
-    Q::template unpack<V>(plane, lane, w);
-    constexpr int groups = Q::groups, granules = 8 / groups;
-    F scale[groups];
-    [[maybe_unused]] F minimum[groups];
-    for (int h = 0; h < groups; h++) {
-      scale[h] = Q::template scale<V>(scales, t, h, lane);
-      if constexpr (Q::has_min) minimum[h] = Q::template min<V>(scales, t, h, lane);
-    }
-    for (int m = 0; m < M; m++) {
-      const int8_t* x = q + (size_t(m) * tiles + t) * kTileCols * D;
-      const ActBlock& b = blocks[size_t(m) * tiles + t];
-      const F factor = V::set1(b.scale);
+    for (int l = 0; l < L; l++) {
+      const int lane = first + l * V::W;
+      Q::template unpack<V>(plane, lane, w);
+      constexpr int groups = Q::groups, granules = 8 / groups;
+      F scale[groups];
+      [[maybe_unused]] F minimum[groups];
       for (int h = 0; h < groups; h++) {
-        const int sum = groups == 2 ? b.sum[h] : b.sum[0] + b.sum[1];
-        const F dot = V::from_i32(exact_dot<V, Q, D, granules>(w + granules * h, x + 4 * granules * h, sum));
-        acc[m] = V::fma(dot, V::mul(scale[h], factor), acc[m]);
-        if constexpr (Q::has_min)
-          acc[m] = V::fma(minimum[h], groups == 2 ? V::mul(factor, V::from_i32(V::iset1(sum))) : V::set1(b.scaled_sum), acc[m]);
+        scale[h] = Q::template scale<V>(scales, t, h, lane);
+        if constexpr (Q::has_min) minimum[h] = Q::template min<V>(scales, t, h, lane);
+      }
+      for (int m = 0; m < M; m++) {
+        const int8_t* x = q + (size_t(m) * tiles + t) * kTileCols * D;
+        const ActBlock& b = blocks[size_t(m) * tiles + t];
+        const F factor = V::set1(b.scale);
+        for (int h = 0; h < groups; h++) {
+          const int sum = groups == 2 ? b.sum[h] : b.sum[0] + b.sum[1];
+          const F dot = V::from_i32(exact_dot<V, Q, D, granules>(w + granules * h, x + 4 * granules * h, sum));
+          acc[l][m] = V::fma(dot, V::mul(scale[h], factor), acc[l][m]);
+          if constexpr (Q::has_min)
+            acc[l][m] = V::fma(minimum[h], groups == 2 ? V::mul(factor, V::from_i32(V::iset1(sum))) : V::set1(b.scaled_sum),
+                               acc[l][m]);
+        }
       }
     }
   }
-  for (int m = 0; m < M; m++) {
-    float* at = y + size_t(m) * ldy;
-    V::store(at, add ? V::add(V::load(at), acc[m]) : acc[m]);
-  }
+  for (int l = 0; l < L; l++)
+    for (int m = 0; m < M; m++) {
+      float* at = y + size_t(m) * ldy + first + l * V::W;
+      V::store(at, add ? V::add(V::load(at), acc[l][m]) : acc[l][m]);
+    }
 }
 
+// Many rows: a part of the lanes at a time, whose codes stay in registers. One or two: all lanes at once, so that the weights are
+// read in one go.
 template <class V, class Q, int D>
 inline void i8_strip(const Matrix& w, int strip, const int8_t* q, const ActBlock* blocks, int rows, float* y, int ldy, bool add) {
   const uint8_t *planes = w.strip(strip), *scales = planes + w.plane_section;
   const int tiles = w.tiles();
-  for (int lane = 0; lane < kStripRows; lane += V::W) {
-    auto run = [&]<int M>(int m) {
-      i8_tile<V, Q, M, D>(planes, scales, w.strip_bytes, lane, tiles, q + size_t(m) * tiles * kTileCols * D,
-                          blocks + size_t(m) * tiles, y + size_t(m) * ldy + strip * kStripRows + lane, ldy, add);
-    };
-    int m = 0;
-    for (; m + V::kIntRows <= rows; m += V::kIntRows) run.template operator()<V::kIntRows>(m);
-    for (; m + 2 <= rows; m += 2) run.template operator()<2>(m);
-    if (m < rows) run.template operator()<1>(m);
-  }
+  auto run = [&]<int M, int L>(int m, int lane) {
+    i8_tile<V, Q, M, D, L>(planes, scales, w.strip_bytes, lane, tiles, q + size_t(m) * tiles * kTileCols * D,
+                           blocks + size_t(m) * tiles, y + size_t(m) * ldy + strip * kStripRows, ldy, add);
+  };
+  const int many = rows / V::kIntRows * V::kIntRows;
+  for (int lane = 0; lane < kStripRows; lane += V::W)
+    for (int m = 0; m < many; m += V::kIntRows) run.template operator()<V::kIntRows, 1>(m, lane);
+  int m = many;
+  for (; m + 2 <= rows; m += 2) run.template operator()<2, kStripRows / V::W>(m, 0);
+  if (m < rows) run.template operator()<1, kStripRows / V::W>(m, 0);
 }
 
 template <class V>
