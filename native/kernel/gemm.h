@@ -55,8 +55,8 @@ inline void i8_tile(const uint8_t* planes, const uint8_t* scales, size_t strip_b
           const F dot = V::from_i32(exact_dot<V, Q, D, granules>(w + granules * h, x + 4 * granules * h, sum));
           acc[l][m] = V::fma(dot, V::mul(scale[h], factor), acc[l][m]);
           if constexpr (Q::has_min)
-            acc[l][m] = V::fma(minimum[h], groups == 2 ? V::mul(factor, V::from_i32(V::iset1(sum))) : V::set1(b.scaled_sum),
-                               acc[l][m]);
+            acc[l][m] =
+                V::fma(minimum[h], groups == 2 ? V::mul(factor, V::from_i32(V::iset1(sum))) : V::set1(b.scaled_sum), acc[l][m]);
         }
       }
     }

@@ -175,9 +175,9 @@ struct Engine {
   Rope& rope_of(const Layer& layer) { return layer.rope < 0 ? no_rope : ropes[size_t(layer.rope)]; }
 
   // scratch, grown on demand; names say who uses them
-  Buffer normed, normed_low, blocks, q8, q, k, v, attn_q, attn_k, attn_v, scores, mixed, mixed_flat, gate, up, act, act_low, du, logits,
-      lse, dy_low, dx, dgate, dup, dmixed, dq, dk, dv, head_x, head_dx, x_wide, shared, turned_q, turned_k, branch, d_branch,
-      routing, chosen, pair_x, pair_dy, pair_low, pair_q, pair_blocks, pair_out, d_routing, shared_weight;
+  Buffer normed, normed_low, blocks, q8, q, k, v, attn_q, attn_k, attn_v, scores, mixed, mixed_flat, gate, up, act, act_low, du,
+      logits, lse, dy_low, dx, dgate, dup, dmixed, dq, dk, dv, head_x, head_dx, x_wide, shared, turned_q, turned_k, branch,
+      d_branch, routing, chosen, pair_x, pair_dy, pair_low, pair_q, pair_blocks, pair_out, d_routing, shared_weight;
   std::array<Buffer, kTargets> target_u;
   std::vector<Buffer> thread_scratch = std::vector<Buffer>(256);
 };
