@@ -218,7 +218,8 @@ def test_long_texts_take_linear_time(vocabulary: str, what: str, request: pytest
         return time.process_time() - begin
 
     small = min(seconds(15_000) for _ in range(2))
-    assert seconds(60_000) < 10 * small + 0.05
+    # what else runs here may slow one measurement; quadratic time would slow all
+    assert any(seconds(60_000) < 10 * small + 0.05 for _ in range(3))
 
 
 @pytest.mark.parametrize("name", pretokenizers.PRE_TOKENIZERS)
