@@ -30,28 +30,20 @@ if TYPE_CHECKING:
     from nomoat.engine.stack import Adapter
 
 RANK = 16
-#: nomoat's name of a linear -> that of GGUF
-GGUF_NAMES = {
-    "q": "attn_q",
-    "k": "attn_k",
-    "v": "attn_v",
-    "o": "attn_output",
-    "gate": "ffn_gate",
-    "up": "ffn_up",
-    "down": "ffn_down",
-}
 
 
 def write_gguf(adapter: Adapter, architecture: str, path: Path) -> None:
     """An adapter as llama.cpp reads it: A [r, K] and B [N, r] by the name of the weight they belong to."""
     import gguf
 
+    from nomoat.models.tensors import GGUF
+
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", adapter.alpha)
     for (layer, target), (a, b) in adapter.tensors.items():
-        name = f"blk.{layer}.{GGUF_NAMES[target]}.weight"
+        name = f"blk.{layer}.{GGUF[target]}.weight"
         writer.add_tensor(f"{name}.lora_a", np.ascontiguousarray(a, np.float32))
         writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(b, np.float32))
     writer.write_header_to_file()

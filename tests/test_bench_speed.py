@@ -9,22 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nomoat import _native, cli, settings
+from nomoat import _native, settings
 from nomoat.bench import roofline, speed
 from nomoat.engine.model import Model
 from tiny import tiny_llama
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        code = cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture(scope="session")
@@ -133,7 +123,7 @@ def test_dense_packs_hold_rows_that_share_no_beginning() -> None:
 def test_the_weights_of_a_token_are_those_of_the_file(tiny: Path) -> None:
     model = Model.load(tiny)
     linears = sum(np.prod(model.spec.linear_shape(target, layer)) for layer, target in model.spec.places())
-    assert speed.linear_weights(model) == linears
+    assert model.spec.active_linears() == linears
     assert 0 < speed.weight_bytes(model) <= sum(tensor.data.nbytes for tensor in model.weights.tensors.values())
 
 

@@ -161,109 +161,101 @@ void place(Engine& engine, const Batch& batch, const KvCache& cache, int cache_l
       }
 }
 
-// Rows of one segment and one kv head, and the pages that they see.
+// Rows of one segment that attend together, with one kv head.
 struct AttendTask {
-  AttendArgs args;
-  std::vector<const uint8_t*> pages;  // keys, then values
+  const Segment* segment;
+  int first, count, kv_head;
+
+  int keys() const { return segment->position + first + count; }
+  int pages() const { return (keys() + kPageTokens - 1) / kPageTokens; }
+  // Memory in floats: scores, then, in whole cache lines, the addresses of the pages' keys and values.
+  size_t scores(int group) const { return (attend_scratch(count, group, keys()) + 15) / 16 * 16; }
+  size_t room(int group) const { return scores(group) + (size_t(4 * pages()) + 15) / 16 * 16; }
 };
 
-AttendTask attend_task(Engine& engine, const Segment& s, int first, int count, const KvCache& cache, int cache_layer,
-                       const Heads& h, int kv_head, float* lse) {
-  const int last = s.position + first + count, pages = (last + kPageTokens - 1) / kPageTokens;
-  const int stride = h.dims.head_stride(), head = kv_head * h.group;
-  const size_t row = size_t(s.row + first), offset = row * h.heads_q + size_t(head) * stride;
-  AttendTask task;
-  task.pages.resize(size_t(2 * pages));
+AttendArgs attend_args(Engine& engine, const AttendTask& t, const KvCache& cache, int cache_layer, const Heads& h, float* lse,
+                       float* memory) {
+  const int pages = t.pages(), head = t.kv_head * h.group;
+  const uint8_t** k = reinterpret_cast<const uint8_t**>(memory + t.scores(h.group));
+  const uint8_t** v = k + pages;
   for (int p = 0; p < pages; p++) {
-    task.pages[size_t(p)] = cache.keys(s.pages[p], cache_layer, kv_head);
-    task.pages[size_t(pages + p)] = cache.values(s.pages[p], cache_layer, kv_head);
+    k[p] = cache.keys(t.segment->pages[p], cache_layer, t.kv_head);
+    v[p] = cache.values(t.segment->pages[p], cache_layer, t.kv_head);
   }
-  AttendArgs& a = task.args;
+  const int stride = h.dims.head_stride();
+  const size_t row = size_t(t.segment->row + t.first), offset = row * h.heads_q + size_t(head) * stride;
+  AttendArgs a;
   a.q = engine.attn_q.data<float>() + offset;
-  a.rows = count;
+  a.rows = t.count;
   a.heads = h.group;
   a.dim = stride;
   a.q_stride = h.heads_q;
-  a.first_position = s.position + first;
+  a.first_position = t.segment->position + t.first;
   a.window = h.own.window;
   a.cap = h.dims.score_cap;
-  a.k = task.pages.data();
-  a.v = task.pages.data() + pages;
+  a.k = k;
+  a.v = v;
   a.out = engine.mixed.data<float>() + offset;
   a.lse = lse ? lse + row * h.own.heads + head : nullptr;
   a.lse_stride = h.own.heads;
-  return task;
+  a.scratch = memory;
+  return a;
 }
 
-auto attend_kernel(KvType type) {
-  const Kernels& level = kernels();
-  return type == KvType::f32 ? level.attend_f32 : type == KvType::int8 ? level.attend_int8 : level.attend_bf16;
-}
+using AttendKernel = void (*)(const AttendArgs&);
 
 // One step of attention for all tasks, each cut into pieces of `piece` of what `extent` says.
 template <class Extent>
-void attend_part(const std::vector<AttendTask>& tasks, KvType type, AttendPart part, int piece, Extent extent) {
-  struct Piece {
-    const AttendTask* task;
-    int begin, end;
-  };
-  std::vector<Piece> pieces;
-  for (const AttendTask& task : tasks)
-    for (int begin = 0; begin < extent(task.args); begin += piece)
-      pieces.push_back({&task, begin, std::min(begin + piece, extent(task.args))});
-  const auto attend = attend_kernel(type);
-  parallel_for(int(pieces.size()), [&](int index, int) {
-    AttendArgs a = pieces[size_t(index)].task->args;
-    a.part = part, a.begin = pieces[size_t(index)].begin, a.end = pieces[size_t(index)].end;
-    attend(a);
-  });
+void attend_part(const std::vector<AttendArgs>& tasks, AttendKernel attend, AttendPart part, int piece, Extent extent) {
+  std::vector<AttendArgs> pieces;
+  for (AttendArgs a : tasks)
+    for (a.part = part, a.begin = 0; a.begin < extent(a); a.begin += piece) {
+      a.end = std::min(a.begin + piece, extent(a));
+      pieces.push_back(a);
+    }
+  parallel_for(int(pieces.size()), [&](int index, int) { attend(pieces[size_t(index)]); });
 }
 
 // A few rows that see many keys: threads share the keys, then the rows, then the dimensions, because kv heads alone are few and
 // not always a multiple of the threads.
-void attend_long(Engine& engine, std::vector<AttendTask>& tasks, KvType type) {
+void attend_long(const std::vector<AttendArgs>& tasks, AttendKernel attend) {
   constexpr int kKeys = 512, kDimensions = 32;  // 512 keys of 64 bf16 are 64 KB; 32 values of bf16 are a cache line
-  const auto keys = [](const AttendArgs& a) { return round_up(a.first_position + a.rows, 16); };
-  size_t room = 0;
-  for (const AttendTask& task : tasks) room += attend_scratch(task.args.rows, task.args.heads, keys(task.args));
-  float* scratch = engine.scores.get<float>(room);
-  for (AttendTask& task : tasks) {
-    task.args.scratch = scratch;
-    scratch += attend_scratch(task.args.rows, task.args.heads, keys(task.args));
-  }
-  attend_part(tasks, type, AttendPart::scores, kKeys, keys);
-  attend_part(tasks, type, AttendPart::weights, 1, [](const AttendArgs& a) { return a.rows * a.heads; });
-  attend_part(tasks, type, AttendPart::values, kDimensions, [](const AttendArgs& a) { return a.dim; });
+  attend_part(tasks, attend, AttendPart::scores, kKeys,
+              [](const AttendArgs& a) { return round_up(a.first_position + a.rows, 16); });
+  attend_part(tasks, attend, AttendPart::weights, 1, [](const AttendArgs& a) { return a.rows * a.heads; });
+  attend_part(tasks, attend, AttendPart::values, kDimensions, [](const AttendArgs& a) { return a.dim; });
 }
 
 void attend_all(Engine& engine, const Batch& batch, const KvCache& cache, int cache_layer, const Heads& h, float* lse) {
   const Timed timed("attention");
   constexpr int kRows = 16, kLong = 1024;  // rows a task; keys from which on a step is worth three parallel regions
-  struct Rows {
-    int segment, first, count, head;
-  };
-  std::vector<Rows> all;
+  std::vector<AttendTask> tasks;
   int furthest = 0;
-  for (int i = 0; i < int(batch.segments.size()); i++) {
-    const Segment& s = batch.segments[size_t(i)];
-    furthest = std::max(furthest, s.position + s.count);
+  size_t room = 0;
+  for (const Segment& s : batch.segments)
     for (int first = 0; first < s.count; first += kRows)
-      for (int head = 0; head < h.own.kv_heads; head++) all.push_back({i, first, std::min(s.count - first, kRows), head});
+      for (int head = 0; head < h.own.kv_heads; head++) {
+        tasks.push_back({&s, first, std::min(s.count - first, kRows), head});
+        furthest = std::max(furthest, tasks.back().keys());
+        room += tasks.back().room(h.group);
+      }
+  const Kernels& level = kernels();
+  const AttendKernel attend = cache.type() == KvType::f32    ? level.attend_f32
+                              : cache.type() == KvType::int8 ? level.attend_int8
+                                                             : level.attend_bf16;
+  if (threads() > 1 && furthest >= kLong && int(tasks.size()) < 4 * threads()) {
+    std::vector<AttendArgs> all;
+    float* memory = engine.scores.get<float>(room);
+    for (const AttendTask& t : tasks) {
+      all.push_back(attend_args(engine, t, cache, cache_layer, h, lse, memory));
+      memory += t.room(h.group);
+    }
+    return attend_long(all, attend);
   }
-  auto task_of = [&](const Rows& r) {
-    return attend_task(engine, batch.segments[size_t(r.segment)], r.first, r.count, cache, cache_layer, h, r.head, lse);
-  };
-  if (threads() > 1 && furthest >= kLong && int(all.size()) < 4 * threads()) {
-    std::vector<AttendTask> tasks;
-    for (const Rows& r : all) tasks.push_back(task_of(r));
-    return attend_long(engine, tasks, cache.type());
-  }
-  const auto attend = attend_kernel(cache.type());
-  parallel_for(int(all.size()), [&](int index, int thread) {
-    AttendTask task = task_of(all[size_t(index)]);
-    AttendArgs& a = task.args;
-    a.scratch = engine.thread_scratch[size_t(thread)].get<float>(attend_scratch(a.rows, a.heads, a.first_position + a.rows));
-    attend(a);
+  parallel_for(int(tasks.size()), [&](int index, int thread) {
+    const AttendTask& t = tasks[size_t(index)];
+    float* memory = engine.thread_scratch[size_t(thread)].get<float>(t.room(h.group));
+    attend(attend_args(engine, t, cache, cache_layer, h, lse, memory));
   });
 }
 

@@ -342,14 +342,6 @@ StageNames stage_of(int target) {
 // Whether products round their factors to bf16; where not, the mode says what the tape and the cache hold.
 bool low_products(Mode mode) { return mode == Mode::bf16 && kernels().bf16_dots; }
 
-void add_bias(const Activations& x, const LinearJob* jobs, int count) {
-  for (int j = 0; j < count; j++)
-    if (const float* bias = jobs[j].bias)
-      for_rows(x.rows, 16, [&](int first, int last) {
-        for (int m = first; m < last; m++) kernels().axpy(bias, 1, jobs[j].ldy, jobs[j].y + size_t(m) * jobs[j].ldy);
-      });
-}
-
 }  // namespace
 
 Activations prepare(Mode mode, int digits, const float* x, int rows, int cols, Buffer& low, Buffer& q, Buffer& blocks) {
@@ -385,15 +377,15 @@ void linear(Engine& engine, const Activations& x, const LinearJob* jobs, int cou
     }
     const Timed timed("adapters");
     adapters_int8(engine, x, jobs, count, batch, layer);
-    return add_bias(x, jobs, count);
-  }
-  const Timed timed(stage_of(jobs[0].target).forward);
-  if (low_products(x.mode)) {
-    linear_panels<bf16>(engine, x, jobs, count, batch, layer);
   } else {
-    linear_panels<float>(engine, x, jobs, count, batch, layer);
+    const Timed timed(stage_of(jobs[0].target).forward);
+    (low_products(x.mode) ? linear_panels<bf16> : linear_panels<float>)(engine, x, jobs, count, batch, layer);
   }
-  add_bias(x, jobs, count);
+  for (int j = 0; j < count; j++)
+    if (const float* bias = jobs[j].bias)
+      for_rows(x.rows, 16, [&](int first, int last) {
+        for (int m = first; m < last; m++) kernels().axpy(bias, 1, jobs[j].ldy, jobs[j].y + size_t(m) * jobs[j].ldy);
+      });
 }
 
 void linear_backward(Engine& engine, const Activations& x, const LinearBackwardJob* jobs, int count, const Batch& batch,

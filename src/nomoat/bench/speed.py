@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,7 +18,7 @@ from nomoat.engine.model import FORWARD_ROWS, Model
 from nomoat.engine.stack import Adapter, Stack
 from nomoat.errors import InputError
 from nomoat.hub import fit
-from nomoat.models.spec import ModelSpec
+from nomoat.models.spec import ModelSpec, layer_and_part
 from nomoat.train.optimizer import AdamW
 
 #: Bytes that are read to find the bandwidth of main memory, however large the model is.
@@ -62,16 +61,32 @@ def prefilled(model: Model, tokens: Sequence[int], stack: Stack | None = None) -
     return sequence, time.perf_counter() - began
 
 
+class Streams:
+    """Conversations that go on side by side, one token of each a step. Which tokens does not matter."""
+
+    def __init__(self, model: Model, tokens: Sequence[int], count: int, stacks: Sequence[Stack | None] = (None,)) -> None:
+        self.model, self.tokens = model, tokens
+        self.stacks = [stacks[i % len(stacks)] for i in range(count)]
+        self.sequences = [prefilled(model, tokens, stack)[0] for stack in self.stacks]
+
+    def run(self, steps: int) -> None:
+        for step in range(steps):
+            given = [[self.tokens[(step + i) % len(self.tokens)]] for i in range(len(self.sequences))]
+            x = self.model.forward(list(zip(self.sequences, given, self.stacks, strict=True)))
+            self.model.head(x, range(len(self.sequences)))
+
+    def close(self) -> None:
+        for sequence in self.sequences:
+            self.model.pool().cut(sequence, 0)
+
+
 def decoded(model: Model, tokens: Sequence[int], count: int, streams: int = 1, stacks: Sequence[Stack | None] = (None,)) -> float:
-    """Seconds for `count` steps after a prompt, each a batch of one token of every stream. Which tokens does not matter."""
-    sequences = [prefilled(model, tokens, stacks[i % len(stacks)])[0] for i in range(streams)]
+    """Seconds for `count` steps of `streams` streams after a prompt."""
+    batch = Streams(model, tokens, streams, stacks)
     began = time.perf_counter()
-    for step in range(count):
-        rows = [(sequence, [tokens[(step + i) % len(tokens)]], stacks[i % len(stacks)]) for i, sequence in enumerate(sequences)]
-        model.head(model.forward(rows), range(streams))
+    batch.run(count)
     seconds = time.perf_counter() - began
-    for sequence in sequences:
-        model.pool().cut(sequence, 0)
+    batch.close()
     return seconds
 
 
@@ -126,7 +141,7 @@ def weight_bytes(model: Model) -> float:
     spec = model.spec
     total = 0.0
     for name, tensor in model.weights.tensors.items():
-        layer, part = (int(name.split(".")[1]), name.split(".")[2]) if name.startswith("blk.") else (-1, name)
+        layer, part = layer_and_part(name)
         experts = spec.experts_at(part, layer) if layer >= 0 else 0
         if name != "embed" or spec.tied_head:
             total += tensor.data.nbytes * (spec.experts_used / experts if experts else 1)
@@ -135,11 +150,6 @@ def weight_bytes(model: Model) -> float:
 
 def head_weights(model: Model) -> int:
     return model.spec.vocab * model.spec.width
-
-
-def linear_weights(model: Model) -> int:
-    """Weights of the linears that one token is multiplied with; not those of the head."""
-    return model.spec.active_parameters() - (1 if model.spec.tied_head else 2) * head_weights(model)
 
 
 def decode(model: Model, *, prompt: int, tokens: int, rounds: int) -> Speed:
@@ -159,21 +169,17 @@ def _batch(
     _check_context(model, prompt + tokens)
     given = _some_tokens(model, prompt)
     seconds = [decoded(model, given, tokens, streams, stacks) for _ in range(rounds + 1)][1:]
-    sequences = [prefilled(model, given, stacks[i % len(stacks)])[0] for i in range(streams)]
-    with _profile() as stages:
-        for step in range(tokens):
-            rows = [(s, [given[step % len(given)]], stacks[i % len(stacks)]) for i, s in enumerate(sequences)]
-            model.head(model.forward(rows), range(streams))
-    for sequence in sequences:
-        model.pool().cut(sequence, 0)
+    last = Streams(model, given, streams, stacks)
+    whole, stages = profiled(lambda: last.run(tokens))
+    last.close()
     adapters = sum(4.0 * linear.a.size + 4.0 * linear.bt.size for s in stacks if s is not None for linear in s.linears.values())
     keys = fit.kv_bytes_per_token(model.spec, model.kv_type) * (prompt + tokens / 2)
     size = (weight_bytes(model) + adapters) / streams + keys
-    products = linear_weights(model) + head_weights(model)
+    products = model.spec.active_linears() + head_weights(model)
     limits = {"memory": roofline.read_bandwidth(int(min(size * streams, LARGEST_READ))) / size}
     if streams > 1:
         limits["int8"] = roofline.multiply_adds("int8") / products
-    return Speed(work, [streams * tokens / s for s in seconds], size, products, limits, stages.pop("all"), stages)
+    return Speed(work, [streams * tokens / s for s in seconds], size, products, limits, whole, stages)
 
 
 def prefill(model: Model, *, tokens: int, rounds: int) -> Speed:
@@ -187,12 +193,11 @@ def prefill(model: Model, *, tokens: int, rounds: int) -> Speed:
         return seconds
 
     seconds = [once() for _ in range(rounds + 1)][1:]
-    with _profile() as stages:
-        once()
-    products = linear_weights(model) + head_weights(model) / tokens
+    whole, stages = profiled(once)
+    products = model.spec.active_linears() + head_weights(model) / tokens
     size = weight_bytes(model) / min(tokens, FORWARD_ROWS)
     limits = {"int8": roofline.multiply_adds("int8") / products}
-    return Speed("prefill", [tokens / s for s in seconds], size, products, limits, stages.pop("all"), stages)
+    return Speed("prefill", [tokens / s for s in seconds], size, products, limits, whole, stages)
 
 
 def train(model: Model, *, rows: int, length: int, rank: int, rounds: int) -> Speed:
@@ -205,29 +210,26 @@ def train(model: Model, *, rows: int, length: int, rank: int, rounds: int) -> Sp
         began = time.perf_counter()
         step.run(packs)
         seconds.append(time.perf_counter() - began)
-    with _profile() as stages:
-        step.run(packs)
-    products = 2.0 * (linear_weights(model) + head_weights(model))
+    whole, stages = profiled(lambda: step.run(packs))
+    products = 2.0 * (model.spec.active_linears() + head_weights(model))
     kinds = {kind: roofline.multiply_adds(kind) for kind in ("bf16", "f32")}
     kind = max(kinds, key=lambda name: kinds[name])  # a level without dots of bf16 takes float32 products
     limits = {kind: kinds[kind] / products}
     size = weight_bytes(model) * 2 * len(packs) / (rows * length)
-    return Speed("train", [rows * length / s for s in seconds[1:]], size, products, limits, stages.pop("all"), stages)
+    return Speed("train", [rows * length / s for s in seconds[1:]], size, products, limits, whole, stages)
 
 
-@contextmanager
-def _profile() -> Iterator[dict[str, float]]:
-    """Seconds by stage of what runs inside; `all` is the whole, `rest` what no stage counted."""
-    found: dict[str, float] = {}
+def profiled(work: Callable[[], object]) -> tuple[float, dict[str, float]]:
+    """Seconds of `work`, and of each of its stages; `rest` is what no stage counted."""
     _native.profile(True)
     began = time.perf_counter()
     try:
-        yield found
+        work()
     finally:
-        found["all"] = time.perf_counter() - began
+        seconds = time.perf_counter() - began
         _native.profile(False)
-    found.update(_native.profiled())
-    found["rest"] = max(0.0, 2 * found["all"] - sum(found.values()))
+    stages = dict(_native.profiled())
+    return seconds, stages | {"rest": max(0.0, seconds - sum(stages.values()))}
 
 
 def _some_tokens(model: Model, count: int) -> list[int]:

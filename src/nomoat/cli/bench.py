@@ -48,8 +48,7 @@ def roofline(as_json: bool) -> None:
 
     use_machine(None)
     most = settings.threads()
-    counts = sorted({1, *(1 << i for i in range(most.bit_length()) if 1 << i <= most), most})
-    rows = measure(counts)
+    rows = measure(sorted({*(1 << i for i in range(most.bit_length())), most}))
     if as_json:
         click.echo(json.dumps({"level": _native.level(), "peaks": [asdict(row) for row in rows]}))
         return

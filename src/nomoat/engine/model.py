@@ -26,7 +26,7 @@ from nomoat.engine.stack import Stack
 from nomoat.engine.weights import PackedTensor, Weights, load_weights, read_spec
 from nomoat.errors import InputError, ModelError, NonFiniteError
 from nomoat.files.gguf import open_gguf
-from nomoat.models.spec import LINEARS, ModelSpec
+from nomoat.models.spec import LINEARS, ModelSpec, layer_and_part
 from nomoat.text.template import ChatTemplate, template_for
 from nomoat.text.tokenizer import Tokenizer
 
@@ -351,7 +351,7 @@ def _build_engine(spec: ModelSpec, weights: Weights) -> _native.Engine:
 
 def _set_weight(engine: _native.Engine, name: str, tensor: PackedTensor) -> None:
     """Hands one weight to the engine, by its engine name."""
-    layer, part = (int(name.split(".")[1]), name.split(".")[2]) if name.startswith("blk.") else (-1, name)
+    layer, part = layer_and_part(name)
     if name in ("embed", "head"):
         engine.set_table(name == "head", tensor.format, tensor.data)
     elif part in LINEARS:

@@ -134,10 +134,9 @@ def train_flops_per_token(spec: ModelSpec, parameters: int, *, length: int = 512
 
     `parameters` are those of the adapter that a token uses.
     """
-    linears = spec.active_parameters() - (1 if spec.tied_head else 2) * spec.vocab * spec.width
     head = spec.vocab * spec.width * loss_share
     attention = 7 * spec.head_dim * sum(block.heads * min(block.window or length, length) for block in spec.blocks)
-    return 4 * (linears + head) + 6 * parameters + attention
+    return 4 * (spec.active_linears() + head) + 6 * parameters + attention
 
 
 def estimate(

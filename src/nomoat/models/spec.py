@@ -64,6 +64,14 @@ class Source:
     one_row: bool = False
 
 
+def layer_and_part(engine_name: str) -> tuple[int, str]:
+    """(3, "q") of "blk.3.q"; (-1, the name) of what belongs to no layer."""
+    if not engine_name.startswith("blk."):
+        return -1, engine_name
+    _, index, part = engine_name.split(".")
+    return int(index), part
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """Dimensions: D = width, d = head_dim, V = vocab, L = layers; those that layers may differ in are in `blocks`.
@@ -167,10 +175,10 @@ class ModelSpec:
         """Shape of a weight by engine name, rows first. Weights of experts are [experts, N, K], vectors [N]."""
         if engine_name in ("embed", "head"):
             return (self.vocab, self.width)
-        if not engine_name.startswith("blk."):
+        layer, part = layer_and_part(engine_name)
+        if layer < 0:
             return (self.width,)
-        _, index, part = engine_name.split(".")
-        layer, block = int(index), self.blocks[int(index)]
+        block = self.blocks[layer]
         if part in LINEARS:
             shape = self.linear_shape(part, layer)
             return (block.experts, *shape) if self.experts_at(part, layer) else shape
@@ -183,14 +191,21 @@ class ModelSpec:
 
     def parameters(self) -> int:
         """Weights in all matrices (norms, biases and routers left out): what decides size."""
-        return self._parameters(lambda block: block.experts)
+        return self._tables() + self._linears(lambda block: block.experts)
 
     def active_parameters(self) -> int:
         """Those that one token is multiplied with, which decides speed: of experts only the ones used."""
-        return self._parameters(lambda block: min(self.experts_used, block.experts))
+        return self._tables() + self.active_linears()
 
-    def _parameters(self, experts: Callable[[LayerSpec], int]) -> int:
-        found = (1 if self.tied_head else 2) * self.vocab * self.width
+    def active_linears(self) -> int:
+        """Those of them in the layers: without embedding and head."""
+        return self._linears(lambda block: min(self.experts_used, block.experts))
+
+    def _tables(self) -> int:
+        return (1 if self.tied_head else 2) * self.vocab * self.width
+
+    def _linears(self, experts: Callable[[LayerSpec], int]) -> int:
+        found = 0
         for layer, block in enumerate(self.blocks):
             for target in self.targets(layer):
                 rows, columns = self.linear_shape(target, layer)
