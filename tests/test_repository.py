@@ -109,6 +109,11 @@ def test_public_names_resolve() -> None:
         nomoat.nosuch  # noqa: B018
 
 
+def test_what_a_wheel_leaves_out_is_named_from_the_top() -> None:
+    """`bench` alone would take `src/nomoat/bench` along: patterns are those of .gitignore."""
+    assert all(pattern.startswith("/") for pattern in PROJECT["tool"]["scikit-build"]["sdist"]["exclude"])
+
+
 def test_the_lock_file_names_only_the_public_index() -> None:
     hosts = set(re.findall(r"https?://([^/\"]+)", (ROOT / "uv.lock").read_text()))
     assert hosts == {"pypi.org", "files.pythonhosted.org"}
