@@ -10,8 +10,13 @@ namespace nomoat {
 namespace {
 
 struct Avx2 {
-  static constexpr int W = 8, kIntRows = 4, kGemmRows = 6, kGemmVectors = 2, kOuterRows = 4, kWordsFrom = 8;
+  static constexpr int W = 8, kIntRows = 4, kGemmRows = 6, kGemmVectors = 2, kOuterRows = 4;
   static constexpr bool kBf16Dots = false;
+#ifdef __AVXVNNI__
+  static constexpr bool kHasWords = false;
+#else
+  static constexpr bool kHasWords = true;
+#endif
   using F = __m256;
   using I = __m256i;
   using B = __m256i;
@@ -76,6 +81,7 @@ struct Avx2 {
   }
 
   static I iset1(int x) { return _mm256_set1_epi32(x); }
+  static I iadd(I a, I b) { return _mm256_add_epi32(a, b); }
   static I add_digit(I low, I high) { return _mm256_add_epi32(low, _mm256_slli_epi32(high, 7)); }
   static F from_i32(I x) { return _mm256_cvtepi32_ps(x); }
   static B bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
@@ -100,27 +106,32 @@ struct Avx2 {
   }
 #ifdef __AVXVNNI__
   static constexpr int kWideZero = 0;
-  template <int Top, int N>
-  static I dots(I acc, const B* w, const int8_t* x) {
-    for (int g = 0; g < N; g++) acc = _mm256_dpbusd_avx_epi32(acc, w[g], broadcast(x + 4 * g));
-    return acc;
+  template <int Top>
+  static constexpr int run() {
+    return 8;
   }
+  template <int Top>
+  static I dot(I sum, B w, const int8_t* x) {
+    return _mm256_dpbusd_avx_epi32(sum, w, broadcast(x));
+  }
+  static I widen(I sum) { return sum; }
 #else
   static constexpr int kWideZero = 128;
-  // maddubs adds two products in 16 bits and saturates: codes up to 63 are safe (2 * 63 * 127 = 16002), and `run` granules of
-  // them add up before they are widened: 8 of codes up to 15, 4 up to 31, 2 up to 63. Codes up to 255 would saturate
-  // (2 * 255 * 127 = 64770), |w - 128| does not (2 * 128 * 127 = 32512): x takes the sign.
-  template <int Top, int N>
-  static I dots(I acc, const B* w, const int8_t* x) {
-    constexpr int fit = Top > 63 ? 1 : 32767 / (2 * 127 * Top), most = fit >= 8 ? 8 : fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
-    constexpr int run = most < N ? most : N;
-    for (int g = 0; g < N; g += run) {
-      __m256i sum = twos<Top>(w[g], broadcast(x + 4 * g));
-      for (int i = g + 1; i < g + run; i++) sum = _mm256_add_epi16(sum, twos<Top>(w[i], broadcast(x + 4 * i)));
-      acc = _mm256_add_epi32(acc, _mm256_madd_epi16(sum, _mm256_set1_epi16(1)));
-    }
-    return acc;
+  // maddubs adds two products in 16 bits and saturates: codes up to 63 are safe (2 * 63 * 127 = 16002), and run() granules of
+  // them add up before they are widened: 8 of codes up to 15, 4 up to 31, 2 up to 63. Codes up to 255 would saturate (2 * 255 *
+  // 127 = 64770), |w - 128| does not (2 * 128 * 127 = 32512): x takes the sign.
+  template <int Top>
+  static constexpr int run() {
+    return Top <= 15 ? 8 : Top <= 31 ? 4 : Top <= 63 ? 2 : 1;
   }
+  template <int Top>
+  static I dot(I sum, B w, const int8_t* x) {
+    sum = _mm256_add_epi16(sum, twos<Top>(w, broadcast(x)));
+    // GCC would add products in another order, keep all of them for it and spill: 1.3 to 1.5 times slower.
+    __asm__("" : "+x"(sum));
+    return sum;
+  }
+  static I widen(I sum) { return _mm256_madd_epi16(sum, _mm256_set1_epi16(1)); }
   template <int Top>
   static __m256i twos(B w, B x) {
     if constexpr (Top <= 63) return _mm256_maddubs_epi16(w, x);
@@ -137,12 +148,11 @@ struct Avx2 {
   static B odd_words(B w) {
     return _mm256_sub_epi16(_mm256_srli_epi16(w, 8), _mm256_set1_epi16(Zero));
   }
-  static I dot_words(I acc, B w, I x) {
-#ifdef __AVXVNNI__
-    return _mm256_dpwssd_avx_epi32(acc, w, x);
-#else
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(w, x));
-#endif
+  template <int Zero>
+  static I dot_words(I sum, B w, const int8_t* x) {
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even_words<Zero>(w), broadcast(x)));
+    __asm__("" : "+x"(sum));  // as in dot
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(odd_words<Zero>(w), broadcast(x + 4)));
   }
   // Eight whole numbers as int16, the columns of every four in the order 0, 2, 1, 3.
   static void store_words(int16_t* p, F x) {

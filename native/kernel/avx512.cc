@@ -9,8 +9,8 @@ namespace nomoat {
 namespace {
 
 struct Avx512 {
-  static constexpr int W = 16, kIntRows = 8, kGemmRows = 8, kGemmVectors = 3, kOuterRows = 8, kWordsFrom = 0;
-  static constexpr bool kBf16Dots = true;
+  static constexpr int W = 16, kIntRows = 8, kGemmRows = 8, kGemmVectors = 3, kOuterRows = 8;
+  static constexpr bool kHasWords = false, kBf16Dots = true;
   using F = __m512;
   using I = __m512i;
   using B = __m512i;
@@ -55,6 +55,7 @@ struct Avx512 {
   }
 
   static I iset1(int x) { return _mm512_set1_epi32(x); }
+  static I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
   static I add_digit(I low, I high) { return _mm512_add_epi32(low, _mm512_slli_epi32(high, 7)); }
   static F from_i32(I x) { return _mm512_cvtepi32_ps(x); }
   static B bytes(const void* p) { return _mm512_loadu_si512(p); }
@@ -78,11 +79,15 @@ struct Avx512 {
     return _mm512_set1_epi32(four);
   }
   static constexpr int kWideZero = 0;
-  template <int Top, int N>
-  static I dots(I acc, const B* w, const int8_t* x) {
-    for (int g = 0; g < N; g++) acc = _mm512_dpbusd_epi32(acc, w[g], broadcast(x + 4 * g));
-    return acc;
+  template <int Top>
+  static constexpr int run() {
+    return 8;
   }
+  template <int Top>
+  static I dot(I sum, B w, const int8_t* x) {
+    return _mm512_dpbusd_epi32(sum, w, broadcast(x));
+  }
+  static I widen(I sum) { return sum; }
   template <int N>
   static F byte_to_f(B w) {
     return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(w, 8 * N), _mm512_set1_epi32(255)));

@@ -9,15 +9,48 @@ namespace {
 
 // ---- int8 activations: decode and prefill share this loop, so a row's result does not depend on how many rows there are ----
 
-// sum of W codes times one row's activations of N granules, less zero times their sum; exact. Two-digit activations are
-// 128 * high + low, their low digits 32 bytes behind the high ones. Where codes need all eight bits, V::dots may take their zero,
-// 128, off each of them.
-template <class V, class Q, int D, int N>
-inline typename V::I exact_dot(const typename V::B* w, const int8_t* x, int sum) {
-  constexpr int zero = Q::top > 127 ? 128 - V::kWideZero : Q::zero;
-  const typename V::I low = V::template dots<Q::top, N>(V::iset1(-zero * sum), w, x + (D - 1) * kTileCols);
-  if constexpr (D == 1) return low;
-  return V::add_digit(low, V::template dots<Q::top, N>(V::iset1(0), w, x));
+// dot[l][m] = sum of the codes, less zero, of group `h` of a tile's columns times row m's activations, for L times W lanes from
+// `first` on; exact. Two-digit activations are 128 * high + low, their low digits 32 bytes behind the high ones; D is kWords
+// where they are int16. A granule is unpacked where it is needed and serves all rows and digits, and a row's activations all
+// lanes: few registers hold it all.
+template <class V, class Q, int M, int D, int L, int h>
+inline void exact_dots(const uint8_t* plane, int first, const int8_t* const (&x)[M], const ActBlock* const (&blocks)[M],
+                       typename V::I (&dot)[L][M]) {
+  using I = typename V::I;
+  constexpr int granules = 8 / Q::groups, digits = D == 2 ? 2 : 1;
+  constexpr int most = D == kWords ? 8 : V::template run<Q::top>(), run = most < granules ? most : granules;
+  I sum[L][M][digits], total[L][M][digits];
+  unrolled<granules>([&]<int i>() {
+    // The order of formats with one group is that of their planes: both nibbles of a byte after each other.
+    constexpr int g = Q::groups == 2 ? granules * h + i : i / 2 + 4 * (i % 2);
+    for (int l = 0; l < L; l++) {
+      const typename V::B w = Q::template granule<V, g>(plane, first + l * V::W);
+      for (int m = 0; m < M; m++)
+        for (int d = 0; d < digits; d++) {
+          I& s = sum[l][m][d];
+          if constexpr (i % run == 0) s = V::iset1(0);
+          if constexpr (D == kWords)
+            s = V::template dot_words<Q::zero>(s, w, x[m] + 8 * g);
+          else
+            s = V::template dot<Q::top>(s, w, x[m] + d * kTileCols + 4 * g);
+        }
+    }
+    if constexpr (i % run == run - 1)
+      for (int l = 0; l < L; l++)
+        for (int m = 0; m < M; m++)
+          for (int d = 0; d < digits; d++) {
+            const I part = D == kWords ? sum[l][m][d] : V::widen(sum[l][m][d]);
+            total[l][m][d] = i < run ? part : V::iadd(total[l][m][d], part);
+          }
+  });
+  constexpr int zero = D == kWords ? 0 : Q::top > 127 ? 128 - V::kWideZero : Q::zero;
+  for (int m = 0; m < M; m++) {
+    const int sum_of_x = Q::groups == 2 ? blocks[m]->sum[h] : blocks[m]->sum[0] + blocks[m]->sum[1];
+    for (int l = 0; l < L; l++) {
+      dot[l][m] = D == 2 ? V::add_digit(total[l][m][digits - 1], total[l][m][0]) : total[l][m][0];
+      if constexpr (zero != 0) dot[l][m] = V::iadd(dot[l][m], V::iset1(-zero * sum_of_x));
+    }
+  }
 }
 
 // M rows x L times W lanes from `first` on. Integer dots are exact; each lane adds its 32-column blocks in order.
@@ -29,37 +62,36 @@ inline void i8_tile(const uint8_t* planes, const uint8_t* scales, size_t strip_b
   for (int l = 0; l < L; l++)
     for (int m = 0; m < M; m++) acc[l][m] = V::zero();
   for (int t = 0; t < tiles; t++) {
-    typename V::B w[8];
     const uint8_t* plane = planes + size_t(t) * Q::plane_bytes;
     if constexpr (M <= 2) {
       // Few rows wait for memory, and the hardware's prefetcher starts anew at every 4 KB page: ask two strips ahead.
       for (int line = 0; line < Q::plane_bytes; line += 64) __builtin_prefetch(plane + 2 * strip_bytes + line, 0, 2);
       if (t % 2 == 0) __builtin_prefetch(scales + 2 * strip_bytes + 32 * t, 0, 2);
     }
-    for (int l = 0; l < L; l++) {
-      const int lane = first + l * V::W;
-      Q::template unpack<V>(plane, lane, w);
-      constexpr int groups = Q::groups, granules = 8 / groups;
-      F scale[groups];
-      [[maybe_unused]] F minimum[groups];
-      for (int h = 0; h < groups; h++) {
-        scale[h] = Q::template scale<V>(scales, t, h, lane);
-        if constexpr (Q::has_min) minimum[h] = Q::template min<V>(scales, t, h, lane);
-      }
-      for (int m = 0; m < M; m++) {
-        const int8_t* x = q + (size_t(m) * tiles + t) * kTileCols * D;
-        const ActBlock& b = blocks[size_t(m) * tiles + t];
-        const F factor = V::set1(b.scale);
-        for (int h = 0; h < groups; h++) {
-          const int sum = groups == 2 ? b.sum[h] : b.sum[0] + b.sum[1];
-          const F dot = V::from_i32(exact_dot<V, Q, D, granules>(w + granules * h, x + 4 * granules * h, sum));
-          acc[l][m] = V::fma(dot, V::mul(scale[h], factor), acc[l][m]);
-          if constexpr (Q::has_min)
-            acc[l][m] =
-                V::fma(minimum[h], groups == 2 ? V::mul(factor, V::from_i32(V::iset1(sum))) : V::set1(b.scaled_sum), acc[l][m]);
+    const int8_t* x[M];
+    const ActBlock* block[M];
+    for (int m = 0; m < M; m++) {
+      x[m] = q + (size_t(m) * tiles + t) * kTileCols * code_bytes(D);
+      block[m] = blocks + size_t(m) * tiles + t;
+    }
+    unrolled<Q::groups>([&]<int h>() {
+      typename V::I dot[L][M];
+      exact_dots<V, Q, M, D, L, h>(plane, first, x, block, dot);
+      for (int l = 0; l < L; l++) {
+        const int lane = first + l * V::W;
+        const F scale = Q::template scale<V>(scales, t, h, lane);
+        for (int m = 0; m < M; m++)
+          acc[l][m] = V::fma(V::from_i32(dot[l][m]), V::mul(scale, V::set1(block[m]->scale)), acc[l][m]);
+        if constexpr (Q::has_min) {
+          const F minimum = Q::template min<V>(scales, t, h, lane);
+          for (int m = 0; m < M; m++) {
+            const F total = Q::groups == 2 ? V::mul(V::set1(block[m]->scale), V::from_i32(V::iset1(block[m]->sum[h])))
+                                           : V::set1(block[m]->scaled_sum);
+            acc[l][m] = V::fma(minimum, total, acc[l][m]);
+          }
         }
       }
-    }
+    });
   }
   for (int l = 0; l < L; l++)
     for (int m = 0; m < M; m++) {
@@ -75,7 +107,7 @@ inline void i8_strip(const Matrix& w, int strip, const int8_t* q, const ActBlock
   const uint8_t *planes = w.strip(strip), *scales = planes + w.plane_section;
   const int tiles = w.tiles();
   auto run = [&]<int M, int L>(int m, int lane) {
-    i8_tile<V, Q, M, D, L>(planes, scales, w.strip_bytes, lane, tiles, q + size_t(m) * tiles * kTileCols * D,
+    i8_tile<V, Q, M, D, L>(planes, scales, w.strip_bytes, lane, tiles, q + size_t(m) * tiles * kTileCols * code_bytes(D),
                            blocks + size_t(m) * tiles, y + size_t(m) * ldy + strip * kStripRows, ldy, add);
   };
   const int many = rows / V::kIntRows * V::kIntRows;
@@ -92,11 +124,13 @@ void gemm_i8(const Matrix& w, int first, int last, int digits, const int8_t* q, 
   with_format(w.format, [&](auto format) {
     using Q = decltype(format);
     if constexpr (Q::integer) {
-      for (int s = first; s < last; s++)
-        if (digits == 1)
-          i8_strip<V, Q, 1>(w, s, q, blocks, rows, y, ldy, add);
-        else
-          i8_strip<V, Q, 2>(w, s, q, blocks, rows, y, ldy, add);
+      auto run = [&]<int D>() {
+        for (int s = first; s < last; s++) i8_strip<V, Q, D>(w, s, q, blocks, rows, y, ldy, add);
+      };
+      if (digits == 1) run.template operator()<1>();
+      if (digits == 2) run.template operator()<2>();
+      if constexpr (V::kHasWords)
+        if (digits == kWords) run.template operator()<kWords>();
     }
   });
 }
@@ -148,7 +182,7 @@ inline void decode_half_tile(const Matrix& w, int strip, int half, float* out) {
     if constexpr (Q::integer) {
       using F = typename V::F;
       typename V::B codes[8];
-      Q::template unpack<V>(plane, lane, codes);
+      unpack<V, Q>(plane, lane, codes);
       const int group = Q::groups == 2 ? half % 2 : 0;
       const F scale = Q::template scale<V>(scales, tile, group, lane);
       F minimum = V::zero();

@@ -6,7 +6,6 @@
 #include "kernel/gemm.h"
 #include "kernel/peak.h"
 #include "kernel/rowwise.h"
-#include "kernel/words.h"
 
 namespace nomoat {
 namespace {
@@ -16,11 +15,8 @@ constexpr Kernels make_kernels(Level level) {
   Kernels k{};
   k.level = level;
   k.bf16_dots = V::kBf16Dots;
+  k.words = V::kHasWords;
   k.gemm_i8 = gemm_i8<V>;
-  if constexpr (V::kWordsFrom > 0) {
-    k.gemm_words = gemm_words<V>;
-    k.words_from = V::kWordsFrom;
-  }
   k.gemm_float = gemm_float<V>;
   k.panel_bf16 = panel_bf16<V>;
   k.panel_f32 = panel_f32<V>;

@@ -10,8 +10,8 @@ namespace {
 
 struct Neon {
   // 8 rows x 12 columns: 24 accumulators and six vectors of weights leave one register for the activations, one for zeros
-  static constexpr int W = 4, kIntRows = 8, kGemmRows = 8, kGemmVectors = 3, kOuterRows = 4, kWordsFrom = 0;
-  static constexpr bool kBf16Dots = false;
+  static constexpr int W = 4, kIntRows = 8, kGemmRows = 8, kGemmVectors = 3, kOuterRows = 4;
+  static constexpr bool kHasWords = false, kBf16Dots = false;
   using F = float32x4_t;
   using I = int32x4_t;
   using B = uint8x16_t;
@@ -72,6 +72,7 @@ struct Neon {
   }
 
   static I iset1(int x) { return vdupq_n_s32(x); }
+  static I iadd(I a, I b) { return vaddq_s32(a, b); }
   static I add_digit(I low, I high) { return vaddq_s32(low, vshlq_n_s32(high, 7)); }
   static F from_i32(I x) { return vcvtq_f32_s32(x); }
   static B bytes(const void* p) { return vld1q_u8(static_cast<const uint8_t*>(p)); }
@@ -89,14 +90,16 @@ struct Neon {
   }
   // sdot is signed on both sides: codes up to 127 are what they seem, of those up to 255 w - 128 is signed.
   static constexpr int kWideZero = 128;
-  template <int Top, int N>
-  static I dots(I acc, const B* w, const int8_t* x) {
-    for (int g = 0; g < N; g++) {
-      const B code = Top > 127 ? veorq_u8(w[g], vdupq_n_u8(128)) : w[g];
-      acc = vdotq_lane_s32(acc, vreinterpretq_s8_u8(code), vreinterpret_s8_u8(four_bytes(x + 4 * g)), 0);
-    }
-    return acc;
+  template <int Top>
+  static constexpr int run() {
+    return 8;
   }
+  template <int Top>
+  static I dot(I sum, B w, const int8_t* x) {
+    const B code = Top > 127 ? veorq_u8(w, vdupq_n_u8(128)) : w;
+    return vdotq_lane_s32(sum, vreinterpretq_s8_u8(code), vreinterpret_s8_u8(four_bytes(x)), 0);
+  }
+  static I widen(I sum) { return sum; }
   template <int N>
   static F byte_to_f(B w) {
     uint32x4_t word = vreinterpretq_u32_u8(w);

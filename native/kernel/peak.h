@@ -36,7 +36,11 @@ int64_t peak_int8(int64_t steps) {
   for (auto& s : sum) s = V::iset1(0);
   for (int64_t i = 0; i < steps; i++) {
     renew(x);
-    for (int m = 0; m < 4; m++) sum[m] = V::template dots<15, 8>(sum[m], w, x + m * kTileCols);
+    for (int m = 0; m < 4; m++) {
+      typename V::I dot = V::iset1(0);
+      for (int g = 0; g < 8; g++) dot = V::template dot<15>(dot, w[g], x + m * kTileCols + 4 * g);
+      sum[m] = V::iadd(sum[m], V::widen(dot));
+    }
   }
   for (auto& s : sum) consume<V>(V::from_i32(s));
   return steps * 4 * V::W * kTileCols;
@@ -44,25 +48,24 @@ int64_t peak_int8(int64_t steps) {
 
 template <class V>
 int64_t peak_int16(int64_t steps) {
-  if constexpr (V::kWordsFrom > 0) {
-    alignas(64) uint8_t words[4 * 64] = {};
-    alignas(64) int16_t codes[64] = {};
-    const int16_t* x = codes;
-    const uint8_t* weights = words;
-    renew(weights);
-    typename V::B w[3];
-    for (int n = 0; n < 3; n++) w[n] = V::bytes(weights + 64 * n);
-    typename V::I sum[4][3];
+  if constexpr (V::kHasWords) {
+    alignas(64) uint8_t codes[2 * 64] = {};
+    alignas(64) int8_t activations[4 * 8] = {};
+    const int8_t* x = activations;
+    const uint8_t* granules = codes;
+    renew(granules);
+    const typename V::B w[2] = {V::bytes(granules), V::bytes(granules + 64)};
+    typename V::I sum[4][2];
     for (auto& row : sum)
       for (auto& s : row) s = V::iset1(0);
     for (int64_t i = 0; i < steps; i++) {
       renew(x);
       for (int m = 0; m < 4; m++)
-        for (int n = 0; n < 3; n++) sum[m][n] = V::dot_words(sum[m][n], w[n], V::broadcast(x + 2 * m));
+        for (int n = 0; n < 2; n++) sum[m][n] = V::template dot_words<0>(sum[m][n], w[n], x + 8 * m);
     }
     for (auto& row : sum)
       for (auto& s : row) consume<V>(V::from_i32(s));
-    return steps * 12 * V::W * 2;
+    return steps * 8 * V::W * 4;
   }
   return 0;
 }

@@ -59,7 +59,7 @@ void quantize(const float* x, int cols, int digits, int8_t* q, ActBlock* blocks)
         if (digits == 1) {
           V::store_s8(codes + i, code);
         } else if (digits == kWords) {
-          if constexpr (V::kWordsFrom > 0) V::store_words(reinterpret_cast<int16_t*>(codes) + i, code);
+          if constexpr (V::kHasWords) V::store_words(reinterpret_cast<int16_t*>(codes) + i, code);
         } else {
           const typename V::F high = V::round(V::mul(code, V::set1(1.0f / 128)));
           V::store_s8(codes + i, high);

@@ -7,8 +7,8 @@ namespace nomoat {
 namespace {
 
 struct Scalar {
-  static constexpr int W = 1, kIntRows = 4, kGemmRows = 4, kGemmVectors = 4, kOuterRows = 8, kWordsFrom = 0;
-  static constexpr bool kBf16Dots = true;  // the specification of the levels that have them
+  static constexpr int W = 1, kIntRows = 4, kGemmRows = 4, kGemmVectors = 4, kOuterRows = 8;
+  static constexpr bool kHasWords = false, kBf16Dots = true;  // the specification of the levels that have them
   using F = float;
   using I = int32_t;
   using B = uint32_t;      // four codes of one row
@@ -39,6 +39,7 @@ struct Scalar {
   static void store_s8(int8_t* p, F x) { *p = int8_t(nearbyintf(x)); }
 
   static I iset1(int x) { return x; }
+  static I iadd(I a, I b) { return a + b; }
   static I add_digit(I low, I high) { return low + high * 128; }
   static F from_i32(I x) { return float(x); }
   static B bytes(const void* p) {
@@ -61,11 +62,16 @@ struct Scalar {
     return x << N;
   }
   static constexpr int kWideZero = 0;
-  template <int Top, int N>
-  static I dots(I acc, const B* w, const int8_t* x) {
-    for (int i = 0; i < 4 * N; i++) acc += int((w[i / 4] >> (8 * (i % 4))) & 255) * x[i];
-    return acc;
+  template <int Top>
+  static constexpr int run() {
+    return 8;
   }
+  template <int Top>
+  static I dot(I sum, B w, const int8_t* x) {
+    for (int i = 0; i < 4; i++) sum += int((w >> (8 * i)) & 255) * x[i];
+    return sum;
+  }
+  static I widen(I sum) { return sum; }
   template <int N>
   static F byte_to_f(B w) {
     return float((w >> (8 * N)) & 255);

@@ -86,15 +86,14 @@ struct Kernels {
   // Whether the bf16 products below are what training should use. Where a level has no instruction for dots of bf16 pairs, the
   // float32 ones are faster, and round neither factor: there, bf16 is what the tape and the cache hold, no more.
   bool bf16_dots;
+  // Whether the level takes kWords. Where there is no int8 dot that adds in 32 bits, int16 activations are faster than two
+  // digits, by 4 % for codes of 4 bits and 80 % for codes of 8, as soon as two rows share the conversion of codes to int16.
+  bool words;
   // -- products with packed weights -------------------------------------------------------------------------------
   // y[m, 16s + r] (+)= sum_k W[16s + r, k] x[m, k] for strips s of [first, last), integer formats, activations of
-  // one or two int8 digits. A block of 32 activations is 32 high digits, then 32 low ones if there are two.
+  // one or two int8 digits, or kWords. A block of 32 activations is 32 high digits, then 32 low ones if there are two.
   void (*gemm_i8)(const Matrix& w, int first, int last, int digits, const int8_t* q, const ActBlock* blocks, int rows, float* y,
                   int ldy, bool add);
-  // the same with kWords: which levels have it, and from how many rows on it is faster, says words_from (0 = never)
-  void (*gemm_words)(const Matrix& w, int first, int last, const int16_t* q, const ActBlock* blocks, int rows, float* y, int ldy,
-                     bool add);
-  int words_from;
   // the same in float32: the product for F32, F16 and BF16 weights
   void (*gemm_float)(const Matrix& w, int first, int last, const float* x, int ldx, int rows, float* y, int ldy, bool add);
   // panel[p][c] = W[column + c, from + p], or W[from + p, column + c] when `backward`; c < 48, p < count (a multiple of 16).

@@ -139,9 +139,6 @@ void linear_int8(const Activations& x, const LinearJob* jobs, int count) {
         const Activations in = input_of(job, x);
         if (job.w->floating())
           kernels().gemm_float(*job.w, begin, end, in.f32, in.cols, in.rows, job.y, job.ldy, job.add);
-        else if (in.digits == kWords)
-          kernels().gemm_words(*job.w, begin, end, reinterpret_cast<const int16_t*>(in.q), in.blocks, in.rows, job.y, job.ldy,
-                               job.add);
         else
           kernels().gemm_i8(*job.w, begin, end, in.digits, in.q, in.blocks, in.rows, job.y, job.ldy, job.add);
         if (end == own && !job.add) clear_padding(job.y, in.rows, own * kStripRows, job.ldy);
@@ -346,7 +343,7 @@ bool low_products(Mode mode) { return mode == Mode::bf16 && kernels().bf16_dots;
 
 Activations prepare(Mode mode, int digits, const float* x, int rows, int cols, Buffer& low, Buffer& q, Buffer& blocks) {
   const Timed timed("activations to low precision");
-  const bool words = digits == 2 && kernels().words_from && rows >= kernels().words_from;
+  const bool words = digits == 2 && rows > 1 && kernels().words;
   Activations a{mode, rows, cols, words ? kWords : digits, x, nullptr, nullptr, nullptr};
   if (low_products(mode)) {
     bf16* to = low.get<bf16>(size_t(rows) * cols);

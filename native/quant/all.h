@@ -1,6 +1,8 @@
 #pragma once
 // Every weight format, once. A new one: its header and a row here.
 
+#include <utility>
+
 #include "quant/floating.h"
 #include "quant/iq4_nl.h"
 #include "quant/iq4_xs.h"
@@ -73,6 +75,20 @@ bool with_format(Format format, Visit&& visit) {
       return true;
   }
   return false;
+}
+
+// Calls visit.operator()<i>() for i = 0 .. N - 1.
+template <int N, class Visit>
+inline void unrolled(Visit&& visit) {
+  [&]<int... i>(std::integer_sequence<int, i...>) {
+    (visit.template operator()<i>(), ...);
+  }(std::make_integer_sequence<int, N>{});
+}
+
+// The eight granules of a tile's W rows from `lane` on.
+template <class V, class Q>
+inline void unpack(const uint8_t* plane, int lane, typename V::B* w) {
+  unrolled<8>([&]<int g>() { w[g] = Q::template granule<V, g>(plane, lane); });
 }
 
 }  // namespace

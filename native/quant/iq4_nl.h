@@ -25,10 +25,9 @@ struct IQ4_NL : HalfScales<32> {
     copy_half(block, row, scales);
   }
 
-  template <class V>
-  static void unpack(const uint8_t* plane, int lane, typename V::B* w) {
-    unpack_nibbles<V>(plane, lane, w);
-    look_up<V>(codes, w);
+  template <class V, int G>
+  static typename V::B granule(const uint8_t* plane, int lane) {
+    return V::look_up(codes, nibbles<V, G>(plane, lane));
   }
 };
 

@@ -28,9 +28,9 @@ struct IQ4_XS : SignedScales<1> {
     put_scale((nibble | top << 4) - 32, row, tile, scales);
   }
 
-  template <class V>
-  static void unpack(const uint8_t* plane, int lane, typename V::B* w) {
-    IQ4_NL::unpack<V>(plane, lane, w);
+  template <class V, int G>
+  static typename V::B granule(const uint8_t* plane, int lane) {
+    return IQ4_NL::granule<V, G>(plane, lane);
   }
 };
 

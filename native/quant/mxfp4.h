@@ -24,10 +24,9 @@ struct MXFP4 {
     scales[row] = block[0];
   }
 
-  template <class V>
-  static void unpack(const uint8_t* plane, int lane, typename V::B* w) {
-    unpack_nibbles<V>(plane, lane, w);
-    look_up<V>(codes, w);
+  template <class V, int G>
+  static typename V::B granule(const uint8_t* plane, int lane) {
+    return V::look_up(codes, nibbles<V, G>(plane, lane));
   }
 
   // In two steps: 2^-128 and 2^-127 are subnormal, and the power of one step is normal.

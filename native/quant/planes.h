@@ -16,13 +16,10 @@ inline void pack_nibbles(const uint8_t* codes, int row, uint8_t* plane) {
       plane[64 * g + 4 * row + b] = uint8_t((codes[4 * g + b] & 15) | (codes[16 + 4 * g + b] & 15) << 4);
 }
 
-template <class V>
-inline void unpack_nibbles(const uint8_t* plane, int lane, typename V::B* w) {
-  for (int g = 0; g < 4; g++) {
-    const typename V::B both = V::bytes(plane + 64 * g + 4 * lane);
-    w[g] = V::band(both, 0x0f);
-    w[g + 4] = V::band(V::template shr<4>(both), 0x0f);
-  }
+template <class V, int G>
+inline typename V::B nibbles(const uint8_t* plane, int lane) {
+  const typename V::B both = V::bytes(plane + 64 * (G % 4) + 4 * lane);
+  return V::band(G < 4 ? both : V::template shr<4>(both), 0x0f);
 }
 
 // Bits `From` and up of every byte, moved to bit `To`; `mask` keeps those that are meant.
@@ -43,17 +40,9 @@ inline void pack_bits(const uint8_t* codes, int row, uint8_t* plane) {
   }
 }
 
-template <class V, int At>
-inline void add_bits(const uint8_t* plane, int lane, typename V::B* w) {
-  const typename V::B bits = V::bytes(plane + 4 * lane);
-  w[0] = V::bor(w[0], move_bits<V, 0, At>(bits, 1 << At));
-  w[1] = V::bor(w[1], move_bits<V, 1, At>(bits, 1 << At));
-  w[2] = V::bor(w[2], move_bits<V, 2, At>(bits, 1 << At));
-  w[3] = V::bor(w[3], move_bits<V, 3, At>(bits, 1 << At));
-  w[4] = V::bor(w[4], move_bits<V, 4, At>(bits, 1 << At));
-  w[5] = V::bor(w[5], move_bits<V, 5, At>(bits, 1 << At));
-  w[6] = V::bor(w[6], move_bits<V, 6, At>(bits, 1 << At));
-  w[7] = V::bor(w[7], move_bits<V, 7, At>(bits, 1 << At));
+template <class V, int G, int At>
+inline typename V::B bits(const uint8_t* plane, int lane) {
+  return move_bits<V, G, At>(V::bytes(plane + 4 * lane), 1 << At);
 }
 
 // 128 bytes: bits 2j, 2j+1 of byte 64 * h + 4 * row + b are bits `At`, `At` + 1 of column 16 * h + 4 * j + b.
@@ -67,26 +56,9 @@ inline void pack_pairs(const uint8_t* codes, int row, uint8_t* plane) {
     }
 }
 
-// Sets w where the pairs are the lowest bits, else adds to it.
-template <class V, int At>
-inline void unpack_pairs(const uint8_t* plane, int lane, typename V::B* w) {
-  for (int h = 0; h < 2; h++) {
-    const typename V::B bits = V::bytes(plane + 64 * h + 4 * lane);
-    const typename V::B pairs[4] = {move_bits<V, 0, At>(bits, 3 << At), move_bits<V, 2, At>(bits, 3 << At),
-                                    move_bits<V, 4, At>(bits, 3 << At), move_bits<V, 6, At>(bits, 3 << At)};
-    for (int j = 0; j < 4; j++) {
-      if constexpr (At == 0)
-        w[4 * h + j] = pairs[j];
-      else
-        w[4 * h + j] = V::bor(w[4 * h + j], pairs[j]);
-    }
-  }
-}
-
-// Codes that are indexes below 16 become what the table holds there.
-template <class V>
-inline void look_up(const uint8_t* table, typename V::B* w) {
-  for (int g = 0; g < 8; g++) w[g] = V::look_up(table, w[g]);
+template <class V, int G, int At>
+inline typename V::B pairs(const uint8_t* plane, int lane) {
+  return move_bits<V, 2 * (G % 4), At>(V::bytes(plane + 64 * (G / 4) + 4 * lane), 3 << At);
 }
 
 inline void copy_half(const uint8_t* from, int row, uint8_t* to) {

@@ -31,9 +31,9 @@ struct Q2_K {
     }
   }
 
-  template <class V>
-  static void unpack(const uint8_t* plane, int lane, typename V::B* w) {
-    unpack_pairs<V, 0>(plane, lane, w);
+  template <class V, int G>
+  static typename V::B granule(const uint8_t* plane, int lane) {
+    return pairs<V, G, 0>(plane, lane);
   }
 
   template <class V>

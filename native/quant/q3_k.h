@@ -32,10 +32,9 @@ struct Q3_K : SignedScales<2> {
     }
   }
 
-  template <class V>
-  static void unpack(const uint8_t* plane, int lane, typename V::B* w) {
-    unpack_pairs<V, 0>(plane, lane, w);
-    add_bits<V, 2>(plane + 128, lane, w);
+  template <class V, int G>
+  static typename V::B granule(const uint8_t* plane, int lane) {
+    return V::bor(pairs<V, G, 0>(plane, lane), bits<V, G, 2>(plane + 128, lane));
   }
 };
 

@@ -20,9 +20,9 @@ struct Q4_0 : HalfScales<32> {
     copy_half(block, row, scales);
   }
 
-  template <class V>
-  static void unpack(const uint8_t* plane, int lane, typename V::B* w) {
-    unpack_nibbles<V>(plane, lane, w);
+  template <class V, int G>
+  static typename V::B granule(const uint8_t* plane, int lane) {
+    return nibbles<V, G>(plane, lane);
   }
 };
 

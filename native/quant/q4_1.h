@@ -21,9 +21,9 @@ struct Q4_1 : HalfScales<64> {
     copy_half(block + 2, row, scales + 32);
   }
 
-  template <class V>
-  static void unpack(const uint8_t* plane, int lane, typename V::B* w) {
-    unpack_nibbles<V>(plane, lane, w);
+  template <class V, int G>
+  static typename V::B granule(const uint8_t* plane, int lane) {
+    return nibbles<V, G>(plane, lane);
   }
 };
 

@@ -24,9 +24,9 @@ struct Q4_K : SixBitScales {
     pack_scales(block, row, tile, scales);
   }
 
-  template <class V>
-  static void unpack(const uint8_t* plane, int lane, typename V::B* w) {
-    unpack_nibbles<V>(plane, lane, w);
+  template <class V, int G>
+  static typename V::B granule(const uint8_t* plane, int lane) {
+    return nibbles<V, G>(plane, lane);
   }
 };
 

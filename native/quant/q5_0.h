@@ -22,10 +22,9 @@ struct Q5_0 : HalfScales<32> {
     copy_half(block, row, scales);
   }
 
-  template <class V>
-  static void unpack(const uint8_t* plane, int lane, typename V::B* w) {
-    unpack_nibbles<V>(plane, lane, w);
-    add_bits<V, 4>(plane + 256, lane, w);
+  template <class V, int G>
+  static typename V::B granule(const uint8_t* plane, int lane) {
+    return V::bor(nibbles<V, G>(plane, lane), bits<V, G, 4>(plane + 256, lane));
   }
 };
 

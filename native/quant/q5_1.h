@@ -23,10 +23,9 @@ struct Q5_1 : HalfScales<64> {
     copy_half(block + 2, row, scales + 32);
   }
 
-  template <class V>
-  static void unpack(const uint8_t* plane, int lane, typename V::B* w) {
-    unpack_nibbles<V>(plane, lane, w);
-    add_bits<V, 4>(plane + 256, lane, w);
+  template <class V, int G>
+  static typename V::B granule(const uint8_t* plane, int lane) {
+    return V::bor(nibbles<V, G>(plane, lane), bits<V, G, 4>(plane + 256, lane));
   }
 };
 

@@ -26,10 +26,9 @@ struct Q6_K : SignedScales<2> {
     for (int group = 2 * tile; group < 2 * tile + 2; group++) put_scale(block[192 + group], row, group, scales);
   }
 
-  template <class V>
-  static void unpack(const uint8_t* plane, int lane, typename V::B* w) {
-    unpack_nibbles<V>(plane, lane, w);
-    unpack_pairs<V, 4>(plane + 256, lane, w);
+  template <class V, int G>
+  static typename V::B granule(const uint8_t* plane, int lane) {
+    return V::bor(nibbles<V, G>(plane, lane), pairs<V, G, 4>(plane + 256, lane));
   }
 };
 

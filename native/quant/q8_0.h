@@ -18,9 +18,9 @@ struct Q8_0 : HalfScales<32> {
     copy_half(block, row, scales);
   }
 
-  template <class V>
-  static void unpack(const uint8_t* plane, int lane, typename V::B* w) {
-    for (int g = 0; g < 8; g++) w[g] = V::bytes(plane + 64 * g + 4 * lane);
+  template <class V, int G>
+  static typename V::B granule(const uint8_t* plane, int lane) {
+    return V::bytes(plane + 64 * G + 4 * lane);
   }
 };
 
