@@ -139,20 +139,11 @@ struct Avx2 {
     return _mm256_maddubs_epi16(_mm256_abs_epi8(value), _mm256_sign_epi8(x, value));
   }
 #endif
-  // Bytes 0, 2 or 1, 3 of every lane, less zero, as int16.
-  template <int Zero>
-  static B even_words(B w) {
-    return _mm256_sub_epi16(_mm256_and_si256(w, _mm256_set1_epi16(255)), _mm256_set1_epi16(Zero));
-  }
-  template <int Zero>
-  static B odd_words(B w) {
-    return _mm256_sub_epi16(_mm256_srli_epi16(w, 8), _mm256_set1_epi16(Zero));
-  }
-  template <int Zero>
+  // int16 activations in the order of store_words: bytes 0, 2 of a lane, then 1, 3.
   static I dot_words(I sum, B w, const int8_t* x) {
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even_words<Zero>(w), broadcast(x)));
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(255)), broadcast(x)));
     __asm__("" : "+x"(sum));  // as in dot
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(odd_words<Zero>(w), broadcast(x + 4)));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_srli_epi16(w, 8), broadcast(x + 4)));
   }
   // Eight whole numbers as int16, the columns of every four in the order 0, 2, 1, 3.
   static void store_words(int16_t* p, F x) {

@@ -30,7 +30,7 @@ inline void exact_dots(const uint8_t* plane, int first, const int8_t* const (&x)
           I& s = sum[l][m][d];
           if constexpr (i % run == 0) s = V::iset1(0);
           if constexpr (D == kWords)
-            s = V::template dot_words<Q::zero>(s, w, x[m] + 8 * g);
+            s = V::dot_words(s, w, x[m] + 8 * g);
           else
             s = V::template dot<Q::top>(s, w, x[m] + d * kTileCols + 4 * g);
         }
@@ -43,7 +43,7 @@ inline void exact_dots(const uint8_t* plane, int first, const int8_t* const (&x)
             total[l][m][d] = i < run ? part : V::iadd(total[l][m][d], part);
           }
   });
-  constexpr int zero = D == kWords ? 0 : Q::top > 127 ? 128 - V::kWideZero : Q::zero;
+  constexpr int zero = D != kWords && Q::top > 127 ? 128 - V::kWideZero : Q::zero;
   for (int m = 0; m < M; m++) {
     const int sum_of_x = Q::groups == 2 ? blocks[m]->sum[h] : blocks[m]->sum[0] + blocks[m]->sum[1];
     for (int l = 0; l < L; l++) {
@@ -100,19 +100,20 @@ inline void i8_tile(const uint8_t* planes, const uint8_t* scales, size_t strip_b
     }
 }
 
-// Many rows: a part of the lanes at a time, whose codes stay in registers. One or two: all lanes at once, so that the weights are
-// read in one go.
+// Many rows: one vector of lanes at a time; two where there is one digit, and so half the accumulators. One or two rows: all
+// lanes at once, so that the weights are read in one go.
 template <class V, class Q, int D>
 inline void i8_strip(const Matrix& w, int strip, const int8_t* q, const ActBlock* blocks, int rows, float* y, int ldy, bool add) {
+  constexpr int L = D == 1 && kStripRows > V::W ? 2 : 1;
   const uint8_t *planes = w.strip(strip), *scales = planes + w.plane_section;
   const int tiles = w.tiles();
-  auto run = [&]<int M, int L>(int m, int lane) {
-    i8_tile<V, Q, M, D, L>(planes, scales, w.strip_bytes, lane, tiles, q + size_t(m) * tiles * kTileCols * code_bytes(D),
-                           blocks + size_t(m) * tiles, y + size_t(m) * ldy + strip * kStripRows, ldy, add);
+  auto run = [&]<int M, int Lanes>(int m, int lane) {
+    i8_tile<V, Q, M, D, Lanes>(planes, scales, w.strip_bytes, lane, tiles, q + size_t(m) * tiles * kTileCols * code_bytes(D),
+                               blocks + size_t(m) * tiles, y + size_t(m) * ldy + strip * kStripRows, ldy, add);
   };
   const int many = rows / V::kIntRows * V::kIntRows;
-  for (int lane = 0; lane < kStripRows; lane += V::W)
-    for (int m = 0; m < many; m += V::kIntRows) run.template operator()<V::kIntRows, 1>(m, lane);
+  for (int lane = 0; lane < kStripRows; lane += L * V::W)
+    for (int m = 0; m < many; m += V::kIntRows) run.template operator()<V::kIntRows, L>(m, lane);
   int m = many;
   for (; m + 2 <= rows; m += 2) run.template operator()<2, kStripRows / V::W>(m, 0);
   if (m < rows) run.template operator()<1, kStripRows / V::W>(m, 0);
@@ -121,11 +122,15 @@ inline void i8_strip(const Matrix& w, int strip, const int8_t* q, const ActBlock
 template <class V>
 void gemm_i8(const Matrix& w, int first, int last, int digits, const int8_t* q, const ActBlock* blocks, int rows, float* y,
              int ldy, bool add) {
+  constexpr int kRowBlock = 128;  // whose activations stay in a second-level cache of 512 KB
   with_format(w.format, [&](auto format) {
     using Q = decltype(format);
     if constexpr (Q::integer) {
       auto run = [&]<int D>() {
-        for (int s = first; s < last; s++) i8_strip<V, Q, D>(w, s, q, blocks, rows, y, ldy, add);
+        for (int m = 0; m < rows; m += kRowBlock)
+          for (int s = first; s < last; s++)
+            i8_strip<V, Q, D>(w, s, q + size_t(m) * w.tiles() * kTileCols * code_bytes(D), blocks + size_t(m) * w.tiles(),
+                              rows - m < kRowBlock ? rows - m : kRowBlock, y + size_t(m) * ldy, ldy, add);
       };
       if (digits == 1) run.template operator()<1>();
       if (digits == 2) run.template operator()<2>();

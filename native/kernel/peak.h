@@ -61,7 +61,7 @@ int64_t peak_int16(int64_t steps) {
     for (int64_t i = 0; i < steps; i++) {
       renew(x);
       for (int m = 0; m < 4; m++)
-        for (int n = 0; n < 2; n++) sum[m][n] = V::template dot_words<0>(sum[m][n], w[n], x + 8 * m);
+        for (int n = 0; n < 2; n++) sum[m][n] = V::dot_words(sum[m][n], w[n], x + 8 * m);
     }
     for (auto& row : sum)
       for (auto& s : row) consume<V>(V::from_i32(s));
