@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,12 +27,15 @@ PEFT_PYTHON = ROOT / ".parity" / "bin" / "python"
 
 @dataclass(frozen=True)
 class Peer:
-    """An environment. Versions are exact: a figure belongs to one. `cmake` empty: a wheel, nothing is compiled."""
+    """An environment. Versions are exact: a figure belongs to one. `cmake` empty: a wheel, nothing is compiled. `targets`: what
+    alone is built, and `without`: what is cut from the package's CMakeLists.txt, up to its end."""
 
     suffix: str
     package: str
     version: str
     cmake: str = ""
+    targets: str = ""
+    without: str = ""
 
     def folder(self, folder: Path = FOLDER) -> Path:
         return folder.with_name(folder.name + self.suffix)
@@ -44,8 +49,16 @@ NATIVE = "-DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON"
 PEERS = {
     # llama.cpp's own thread pool, because OpenMP's waiting threads take the cores of whatever is measured next; no image models
     "llama.cpp": Peer("", "llama-cpp-python", "0.3.36", f"{NATIVE} -DGGML_OPENMP=OFF -DLLAVA_BUILD=OFF"),
-    # no thread pool of its own: without OpenMP it starts and joins its threads for every graph
-    "ik_llama.cpp": Peer("-ik", "ik-llama-cpp-python", "0.1.5", f"{NATIVE} -DGGML_OPENMP=ON"),
+    # no thread pool of its own: without OpenMP it starts and joins its threads for every graph; attention kernels for caches
+    # of 4 bits, which take most of the time to compile, are not measured; the tool llama-quantize lacks a file in this version
+    "ik_llama.cpp": Peer(
+        "-ik",
+        "ik-llama-cpp-python",
+        "0.1.5",
+        f"{NATIVE} -DGGML_OPENMP=ON -DGGML_IQK_FA_ALL_QUANTS=OFF",
+        targets="llama;ggml",
+        without="# Install llama-quantize binary",
+    ),
     "server": Peer("-server", "xllamacpp", "2026.10.11549"),
 }
 LLAMACPP_PYTHON = PEERS["llama.cpp"].python()
@@ -59,13 +72,23 @@ def install(peer: Peer, folder: Path, jobs: int) -> None:
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", peer.folder(folder)], check=True)
     options = {"CMAKE_ARGS": peer.cmake, "CMAKE_BUILD_PARALLEL_LEVEL": str(jobs)} if peer.cmake else {}
+    if peer.targets:
+        options["SKBUILD_BUILD_TARGETS"] = peer.targets
+    pip = [str(python), "-m", "pip"]
     compiled = ["--no-binary", peer.package] if peer.cmake else []
-    # numpy: the sides hand logits over as its files
-    subprocess.run(
-        [python, "-m", "pip", "install", *compiled, f"{peer.package}=={peer.version}", "numpy"],
-        env={**os.environ, **options},
-        check=True,
-    )
+    name = f"{peer.package}=={peer.version}"
+    with tempfile.TemporaryDirectory() as unpacked:
+        if peer.without:
+            subprocess.run([*pip, "download", "--no-deps", *compiled, "-d", unpacked, name], check=True)
+            shutil.unpack_archive(next(Path(unpacked).glob("*.tar.gz")), unpacked, filter="data")
+            rules = next(Path(unpacked).glob("*/CMakeLists.txt"))
+            kept, mark, _ = rules.read_text(encoding="utf-8").partition(peer.without)
+            if not mark:
+                raise SystemExit(f"{rules.name} of {name} has no line {peer.without!r}: is it still needed?")
+            rules.write_text(kept, encoding="utf-8")
+            name = str(rules.parent)
+        # numpy: the sides hand logits over as its files
+        subprocess.run([*pip, "install", *compiled, name, "numpy"], env={**os.environ, **options}, check=True)
 
 
 def main() -> None:

@@ -455,7 +455,7 @@ void attention_backward(Engine& engine, int layer, Mode mode, float* dx, const B
   // through the input products and the norm
   const float* x = load_rows(mode, tape.x, rows * h.d, engine.x_wide);
   const float* hidden = normed(engine, x, own.attn_norm, own.attn_norm_bias, batch.rows);
-  const Activations input = prepare(mode, engine.digits[0], hidden, batch.rows, h.d, engine.normed_low, engine.q8, engine.blocks);
+  const Activations input = prepare(mode, 0, hidden, batch.rows, h.d, engine.normed_low, engine.q8, engine.blocks);
   const LinearBackwardJob jobs[] = {
       {&own.w[kQ], kQ, engine.dq.data<float>(), h.q, tape.u[kQ].data<float>()},
       {&own.w[kK], kK, engine.dk.data<float>(), h.kv, tape.u[kK].data<float>()},

@@ -168,9 +168,10 @@ struct Engine {
   const float *final_norm = nullptr, *final_norm_bias = nullptr;
   int experts_used = 0;     // of every layer that has experts
   bool expert_norm = true;  // the weights of the experts used are divided by their sum
-  // int8 digits of the activations that enter each product in inference: qkv, o, gate and up, down, head. Two digits cost
-  // nothing in decode, which waits for memory, and bring the logits to those of float32: docs/concepts/precision.md.
-  std::array<int, 5> digits = {2, 2, 2, 2, 2};
+  // int8 digits of the activations that enter each product in inference: qkv, o, gate and up, down, head. Two bring the logits to
+  // those of float32 and take twice the instructions; those of the MLP are three quarters of all, and get one. What each costs:
+  // docs/concepts/precision.md.
+  std::array<int, 5> digits = {2, 2, 1, 1, 2};
 
   Rope& rope_of(const Layer& layer) { return layer.rope < 0 ? no_rope : ropes[size_t(layer.rope)]; }
 
@@ -206,7 +207,9 @@ struct Activations {
   const ActBlock* blocks;
 };
 
-// Converts x[rows][cols] (stride cols) as the mode asks: into `low` (bf16, if the level has dots of it) or `q` + `blocks` (int8).
+// Converts x[rows][cols] (stride cols) as the mode asks: into `low` (bf16, if the level has dots of it) or `q` + `blocks`: int8 of
+// one or two digits, and for bf16 on the other levels always two, which are exacter and faster than float32 panels. With 0 digits,
+// as backward takes x, there are none.
 Activations prepare(Mode mode, int digits, const float* x, int rows, int cols, Buffer& low, Buffer& q, Buffer& blocks);
 
 struct LinearJob {

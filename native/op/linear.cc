@@ -203,10 +203,18 @@ void linear_panels(Engine& engine, const Activations& x, const LinearJob* jobs, 
     const size_t panel_floats = size_t(kPanelDepth > rank ? kPanelDepth : round_up(rank, 16)) * kPanelCols;
     float* c = engine.thread_scratch[thread].get<float>(panel_floats + size_t(in.rows) * kPanelCols);
     T* panel = reinterpret_cast<T*>(c + size_t(in.rows) * kPanelCols);
-    for (int from = 0; from < depth; from += kPanelDepth) {
-      const int steps = depth - from < kPanelDepth ? depth - from : kPanelDepth;
-      Ops<T>::panel(*job.w, false, column, from, steps, panel);
-      Ops<T>::gemm(Ops<T>::of(in) + from, in.cols, in.rows, panel, steps, kPanelCols, c, from > 0);
+    if (in.q && !job.w->floating()) {
+      Matrix own = *job.w;
+      own.data = own.strip(column / kStripRows);
+      own.rows = std::min(kPanelCols, job.w->rows - column);
+      if (own.strips() * kStripRows < kPanelCols) std::fill_n(c, size_t(in.rows) * kPanelCols, 0.0f);
+      kernels().gemm_i8(own, 0, own.strips(), in.digits, in.q, in.blocks, in.rows, c, kPanelCols, false);
+    } else {
+      for (int from = 0; from < depth; from += kPanelDepth) {
+        const int steps = depth - from < kPanelDepth ? depth - from : kPanelDepth;
+        Ops<T>::panel(*job.w, false, column, from, steps, panel);
+        Ops<T>::gemm(Ops<T>::of(in) + from, in.cols, in.rows, panel, steps, kPanelCols, c, from > 0);
+      }
     }
     if (rank) {
       float* plain = reinterpret_cast<float*>(panel);
@@ -343,6 +351,7 @@ bool low_products(Mode mode) { return mode == Mode::bf16 && kernels().bf16_dots;
 
 Activations prepare(Mode mode, int digits, const float* x, int rows, int cols, Buffer& low, Buffer& q, Buffer& blocks) {
   const Timed timed("activations to low precision");
+  if (mode == Mode::bf16 && digits) digits = 2;
   const bool words = digits == 2 && rows > 1 && kernels().words;
   Activations a{mode, rows, cols, words ? kWords : digits, x, nullptr, nullptr, nullptr};
   if (low_products(mode)) {
@@ -351,7 +360,7 @@ Activations prepare(Mode mode, int digits, const float* x, int rows, int cols, B
       kernels().to_bf16(x + size_t(first) * cols, (last - first) * cols, to + size_t(first) * cols);
     });
     a.low = to;
-  } else if (mode == Mode::int8) {
+  } else if (mode != Mode::f32 && digits) {
     const int per_row = cols / kTileCols;
     const size_t row_bytes = size_t(cols) * size_t(code_bytes(digits));
     int8_t* codes = q.get<int8_t>(size_t(rows) * row_bytes);

@@ -77,14 +77,14 @@ void mlp_backward(Engine& engine, int layer, Mode mode, float* dx, const Batch& 
         *d_up = engine.dup.get<float>(rows * ffn);
   const Gated in(dims, gate, up, d_gate, d_up);
   activate(dims, in, batch.rows, ffn, act);
-  const Activations middle = prepare(mode, engine.digits[3], act, batch.rows, ffn, engine.act_low, engine.q8, engine.blocks);
+  const Activations middle = prepare(mode, 0, act, batch.rows, ffn, engine.act_low, engine.q8, engine.blocks);
   const float* d_branch = branch_backward(engine, mode, own.mlp_post_norm, tape.mlp_branch, batch.rows, dx);
   const LinearBackwardJob down[] = {{&own.w[kDown], kDown, d_branch, width, tape.u[kDown].data<float>()}};
   linear_backward(engine, middle, down, 1, batch, layer, act, ffn);  // act now holds its gradient
   activate_backward(dims, in, act, batch.rows, ffn);
   const float* x = load_rows(mode, tape.middle, rows * width, engine.x_wide);
   const float* h = normed(engine, x, own.mlp_norm, own.mlp_norm_bias, batch.rows);
-  const Activations input = prepare(mode, engine.digits[2], h, batch.rows, width, engine.normed_low, engine.q8, engine.blocks);
+  const Activations input = prepare(mode, 0, h, batch.rows, width, engine.normed_low, engine.q8, engine.blocks);
   const LinearBackwardJob jobs[] = {
       {&own.w[kGate], kGate, d_gate, ffn, tape.u[kGate].data<float>()},
       {&own.w[kUp], kUp, d_up, ffn, tape.u[kUp].data<float>()},

@@ -92,8 +92,8 @@ Activations gather(Engine& engine, const Activations& x, const Pairs& pairs, boo
                blocks = cols / kTileCols;
   float* f32 = !x.low && (x.mode != Mode::int8 || wide) ? engine.pair_x.get<float>(count * cols) : nullptr;
   bf16* low = x.low ? engine.pair_low.get<bf16>(count * cols) : nullptr;
-  int8_t* q = x.mode == Mode::int8 ? engine.pair_q.get<int8_t>(count * codes) : nullptr;
-  ActBlock* scales = x.mode == Mode::int8 ? engine.pair_blocks.get<ActBlock>(count * blocks) : nullptr;
+  int8_t* q = x.q ? engine.pair_q.get<int8_t>(count * codes) : nullptr;
+  ActBlock* scales = x.q ? engine.pair_blocks.get<ActBlock>(count * blocks) : nullptr;
   for_rows(pairs.count(), 16, [&](int first, int last) {
     for (size_t i = size_t(first); i < size_t(last); i++) {
       const size_t m = size_t(pairs.row[i]);
@@ -304,7 +304,7 @@ void expert_backward(Engine& engine, const ExpertBackward& e, const LoraSet* ada
   if (e.u[kDown]) {
     float* taken = d_up;  // by down, in the place of a gradient that comes later
     weigh(act, e.row, e.weight, e.stride, e.rows, ffn, taken);
-    middle = prepare(e.input.mode, 1, taken, e.rows, ffn, engine.act_low, engine.q8, engine.blocks);
+    middle = prepare(e.input.mode, 0, taken, e.rows, ffn, engine.act_low, engine.q8, engine.blocks);
   }
   const LinearBackwardJob out[] = {{&e.w_down, kDown, dy, width, e.u[kDown]}};
   linear_backward(engine, middle, out, 1, batch, 0, d_act, ffn);  // the gradient of what the weight multiplies, times it below
@@ -407,7 +407,7 @@ void moe_backward(Engine& engine, int layer, Mode mode, float* dx, const Batch& 
   Activations shared_input{mode, batch.rows, width, 0, nullptr, nullptr, nullptr, nullptr};
   if (adapted(set, layer, {kGate, kUp, kSharedGate, kSharedUp})) {
     const float* h = normed(engine, x, own.mlp_norm, own.mlp_norm_bias, batch.rows);
-    shared_input = prepare(mode, 1, h, batch.rows, width, engine.normed_low, engine.q8, engine.blocks);
+    shared_input = prepare(mode, 0, h, batch.rows, width, engine.normed_low, engine.q8, engine.blocks);
     if (adapted(set, layer, {kGate, kUp})) input = gather(engine, shared_input, pairs, false);
   }
   for (int e = 0; e < own.experts; e++) {
