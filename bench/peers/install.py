@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,14 +29,14 @@ PEFT_PYTHON = ROOT / ".parity" / "bin" / "python"
 @dataclass(frozen=True)
 class Peer:
     """An environment. Versions are exact: a figure belongs to one. `cmake` empty: a wheel, nothing is compiled. `targets`: what
-    alone is built, and `without`: what is cut from the package's CMakeLists.txt, up to its end."""
+    alone is built, and `without`: what is cut out of the package's CMakeLists.txt (regular expressions)."""
 
     suffix: str
     package: str
     version: str
     cmake: str = ""
     targets: str = ""
-    without: str = ""
+    without: tuple[str, ...] = ()
 
     def folder(self, folder: Path = FOLDER) -> Path:
         return folder.with_name(folder.name + self.suffix)
@@ -57,7 +58,7 @@ PEERS = {
         "0.1.5",
         f"{NATIVE} -DGGML_OPENMP=ON -DGGML_IQK_FA_ALL_QUANTS=OFF",
         targets="llama;ggml",
-        without="# Install llama-quantize binary",
+        without=(r"add_subdirectory\(\S+/quantize\)", r"install\(\s+TARGETS llama-quantize\s[^)]*\)"),
     ),
     "server": Peer("-server", "xllamacpp", "2026.10.11549"),
 }
@@ -82,10 +83,12 @@ def install(peer: Peer, folder: Path, jobs: int) -> None:
             subprocess.run([*pip, "download", "--no-deps", *compiled, "-d", unpacked, name], check=True)
             shutil.unpack_archive(next(Path(unpacked).glob("*.tar.gz")), unpacked, filter="data")
             rules = next(Path(unpacked).glob("*/CMakeLists.txt"))
-            kept, mark, _ = rules.read_text(encoding="utf-8").partition(peer.without)
-            if not mark:
-                raise SystemExit(f"{rules.name} of {name} has no line {peer.without!r}: is it still needed?")
-            rules.write_text(kept, encoding="utf-8")
+            text = rules.read_text(encoding="utf-8")
+            for part in peer.without:
+                text, found = re.subn(part, "", text)
+                if not found:
+                    raise SystemExit(f"{rules.name} of {name} has no {part}: is it still to be cut?")
+            rules.write_text(text, encoding="utf-8")
             name = str(rules.parent)
         # numpy: the sides hand logits over as its files
         subprocess.run([*pip, "install", *compiled, name, "numpy"], env={**os.environ, **options}, check=True)

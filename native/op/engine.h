@@ -207,9 +207,9 @@ struct Activations {
   const ActBlock* blocks;
 };
 
-// Converts x[rows][cols] (stride cols) as the mode asks: into `low` (bf16, if the level has dots of it) or `q` + `blocks`: int8 of
-// one or two digits, and for bf16 on the other levels always two, which are exacter and faster than float32 panels. With 0 digits,
-// as backward takes x, there are none.
+// Converts x[rows][cols] (stride cols) as the mode asks: into `low` (bf16, if the level has dots of it) or `q` + `blocks`: int8
+// of one or two digits, and for bf16 on the other levels always two, which are exacter and faster than float32 panels. With 0
+// digits, as backward takes x, there are none.
 Activations prepare(Mode mode, int digits, const float* x, int rows, int cols, Buffer& low, Buffer& q, Buffer& blocks);
 
 struct LinearJob {
