@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tools.make_model import make
 
 import architectures
 from nomoat import settings
@@ -63,6 +64,18 @@ def test_refused_before_anything_is_packed(
     found = capsys.readouterr()
     assert "this machine has 2.15 GB of memory, of which 2.15 GB are kept for everything else" in found.err
     assert "--larger-than-memory" in found.err
+    assert not list((settings.cache_dir() / "packed").glob("*.pack"))
+
+
+def test_a_mixtral_of_true_size_is_refused_in_a_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """26 GB of which the disk holds the header."""
+    path = make(tmp_path / "mixtral.gguf", "mixtral", "mixtral-8x7b", "Q4_K_M", holes=True)
+    assert path.stat().st_size > 26e9
+    monkeypatch.setattr("nomoat.hub.fit.this_memory", lambda: dataclasses.replace(SMALL, memory=25_280_000_000))
+    assert main(["run", str(path), "Hello"]) == 3
+    assert "the packed weights take 27.04 GB; this machine has 25.28 GB of memory" in capsys.readouterr().err
     assert not list((settings.cache_dir() / "packed").glob("*.pack"))
 
 

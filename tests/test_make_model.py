@@ -126,6 +126,14 @@ def test_a_seed_is_a_model(type: str, tmp_path: Path) -> None:
     assert first != other
 
 
+def test_holes_are_a_file_of_the_same_size(tmp_path: Path) -> None:
+    full = make(tmp_path / "full.gguf", "qwen3", "tiny", "Q4_K_M").read_bytes()
+    path = make(tmp_path / "holes.gguf", "qwen3", "tiny", "Q4_K_M", holes=True)
+    assert len(path.read_bytes()) == len(full)
+    with open_gguf(path) as file, open_gguf(tmp_path / "full.gguf") as other:
+        assert file.tensors == other.tensors
+
+
 def test_a_published_shape_with_fewer_layers(tmp_path: Path) -> None:
     path = make(tmp_path / "model.gguf", "llama", "smollm2-135m", "Q4_K_M", layers=2)
     with open_gguf(path) as file:

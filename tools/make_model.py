@@ -22,13 +22,15 @@ from tools.synthetic import gguf_file, hf_folder  # noqa: E402
 from tools.synthetic.sizes import FAMILIES, configuration, sizes  # noqa: E402
 
 
-def make(path: Path, architecture: str, size: str, type: str, *, seed: int = 0, layers: int | None = None) -> Path:
+def make(
+    path: Path, architecture: str, size: str, type: str, *, seed: int = 0, layers: int | None = None, holes: bool = False
+) -> Path:
     """Writes a model and returns its path. Raises ValueError for an unknown architecture, size or type."""
     changes = {} if layers is None else {"num_hidden_layers": layers}
     config = configuration(architecture, size, **changes)
     if type.startswith("hf-"):
         return hf_folder.write(path, config, type.removeprefix("hf-").upper(), seed)
-    return gguf_file.write(path, config, type, seed)
+    return gguf_file.write(path, config, type, seed, holes)
 
 
 def main() -> None:
@@ -42,13 +44,16 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, help="file or folder; default: SIZE-TYPE here")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, help="another number of layers")
+    parser.add_argument(
+        "--holes", action="store_true", help="GGUF: zeros that take no room, for what is refused before it is read"
+    )
     given = parser.parse_args()
     name = f"{given.architecture}-tiny" if given.size == "tiny" else given.size
     suffix = "" if given.type.startswith("hf-") else ".gguf"
     began = time.perf_counter()
     try:
         out = given.out or Path(f"{name}-{given.type}{suffix}")
-        path = make(out, given.architecture, given.size, given.type, seed=given.seed, layers=given.layers)
+        path = make(out, given.architecture, given.size, given.type, seed=given.seed, layers=given.layers, holes=given.holes)
     except ValueError as error:
         parser.error(str(error))
     size = sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size

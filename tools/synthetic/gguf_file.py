@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from tools.synthetic.weights import FileTensor, file_tensors, stored, values
 from nomoat.models import ModelSpec, gguf_form
 
 
-def write(path: Path, config: Config, type: str, seed: int = 0) -> Path:
+def write(path: Path, config: Config, type: str, seed: int = 0, holes: bool = False) -> Path:
     """Writes a model and returns its path. `type` is a name of llama.cpp: F32, F16, Q8_0, Q4_K_M ...
+
+    `holes` leaves the quantized and large tensors unwritten: a file of true size that takes no room on the disk, all zeros.
 
     Raises ValueError for an unknown type, ModelError for a configuration that nomoat cannot run.
     """
@@ -50,8 +53,13 @@ def write(path: Path, config: Config, type: str, seed: int = 0) -> Path:
         out.write(vector.tobytes())
         writer.write_padding(out, vector.nbytes)
     for tensor in tensors:
-        for piece in _data(spec, tensor, types[tensor.name].name, seed):
-            out.write(piece.data)
+        if holes:
+            columns, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[types[tensor.name].name]]
+            out.truncate(out.seek(math.prod(tensor.shape) // columns * size, os.SEEK_CUR))
+            out.seek(0, os.SEEK_END)
+        else:
+            for piece in _data(spec, tensor, types[tensor.name].name, seed):
+                out.write(piece.data)
         writer.write_padding(out, out.tell())
     writer.close()
     part.replace(path)
