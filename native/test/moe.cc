@@ -42,6 +42,7 @@ struct Model {
     norm = Random(404).floats(size_t(padded(engine.dims.width)), 0.5f, 1.5f);
     engine.experts_used = used;
     engine.expert_norm = expert_norm;
+    engine.digits.fill(2);  // sharp enough to tell a wrong product from noise
     Layer& own = engine.layers[0];
     own.experts = kExperts;
     own.ffn = ffn_of(format);
