@@ -23,7 +23,7 @@ from nomoat.models import ModelSpec, gguf_form
 def write(path: Path, config: Config, type: str, seed: int = 0, holes: bool = False) -> Path:
     """Writes a model and returns its path. `type` is a name of llama.cpp: F32, F16, Q8_0, Q4_K_M ...
 
-    `holes` leaves the quantized and large tensors unwritten: a file of true size that takes no room on the disk, all zeros.
+    `holes` leaves the matrices unwritten: a file of true size that takes no room on the disk, all zeros.
 
     Raises ValueError for an unknown type, ModelError for a configuration that nomoat cannot run.
     """
@@ -37,12 +37,12 @@ def write(path: Path, config: Config, type: str, seed: int = 0, holes: bool = Fa
         add_key(writer, key, value)
     for name, vector in vectors.items():
         writer.add_tensor_info(name, vector.shape, vector.dtype, vector.nbytes)
+    sizes = {}
     for tensor in tensors:
         kind = gguf.GGMLQuantizationType[types[tensor.name].name]
         columns, size = gguf.GGML_QUANT_SIZES[kind]
-        writer.add_tensor_info(
-            tensor.name, tensor.shape, np.dtype(np.float32), math.prod(tensor.shape) // columns * size, raw_dtype=kind
-        )
+        sizes[tensor.name] = math.prod(tensor.shape) // columns * size
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), sizes[tensor.name], raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -54,9 +54,7 @@ def write(path: Path, config: Config, type: str, seed: int = 0, holes: bool = Fa
         writer.write_padding(out, vector.nbytes)
     for tensor in tensors:
         if holes:
-            columns, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[types[tensor.name].name]]
-            out.truncate(out.seek(math.prod(tensor.shape) // columns * size, os.SEEK_CUR))
-            out.seek(0, os.SEEK_END)
+            out.truncate(out.seek(sizes[tensor.name], os.SEEK_CUR))
         else:
             for piece in _data(spec, tensor, types[tensor.name].name, seed):
                 out.write(piece.data)
