@@ -27,6 +27,7 @@ $(UV_STAMP):
 	@touch $@
 
 .venv/pyvenv.cfg: | $(UV_STAMP)
+	@echo "First time here: fetching packages into .venv and compiling, about two minutes"
 	@$(UV) venv --quiet --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" .venv
 
 setup: build ## Create .venv from uv.lock and compile the native module

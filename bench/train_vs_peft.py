@@ -4,11 +4,12 @@
     python bench/train_vs_peft.py --quick          PEFT with the rate that was best before
     python bench/train_vs_peft.py --speed-only     30 steps of each side, taking turns: speed only
     python bench/train_vs_peft.py --dense 4x512 16x128     the same for rows of one length whose tokens are all learned
+    python bench/train_vs_peft.py --dense 1x512 --base nf4 --model FILE    the same beside PEFT on bitsandbytes' NF4 weights
 
 Both sides get the same token ids, loss masks, batches and learning-rate schedule, in a process of their own; then both answer
 the same 600 test prompts greedily. Tokens are counted without padding, up to the last one that is learned.
-Writes bench/results/train_vs_peft.json (with --speed-only train_speed.json, with --dense train_dense.json, where shapes that are
-not measured keep their figures). PEFT runs in .parity (`make parity`).
+Writes bench/results/train_vs_peft.json (with --speed-only train_speed.json, with --dense train_dense.json or, for NF4,
+train_nf4.json, where shapes that are not measured keep their figures). PEFT runs in .parity (`make parity`).
 """
 
 from __future__ import annotations
@@ -121,10 +122,15 @@ class Bench:
     """The work, and how to start each side on it."""
 
     def __init__(
-        self, model: Path, plan: Plan, expected: list[str], tokenizer: Tokenizer, threads: int, peft_python: Path
+        self,
+        model: Path,
+        plan: Plan,
+        expected: list[str],
+        tokenizer: Tokenizer,
+        given: argparse.Namespace,
     ) -> None:
         self.model, self.plan, self.expected, self.tokenizer = model, plan, expected, tokenizer
-        self.threads, self.peft_python = threads, peft_python
+        self.threads, self.peft_python, self.base = given.threads, given.peft_python, given.base
 
     def start(self, name: str, rate: float, folder: Path) -> tuple[Side, dict[str, Any]]:
         """A loaded side, and what it says of itself."""
@@ -142,7 +148,7 @@ class Bench:
             side = Side("bench.peers.nomoat_train_side")
             return side, side.ask("load", rate=rate, **work)
         side = Side("bench.peers.peft_side", self.peft_python)
-        return side, side.ask("load", rates=schedule(len(self.plan.batches), rate), **work)
+        return side, side.ask("load", rates=schedule(len(self.plan.batches), rate), base=self.base, **work)
 
     def epoch(self, name: str, rate: float, folder: Path) -> dict[str, Any]:
         """One side's whole epoch and its score."""
@@ -243,29 +249,34 @@ def options() -> argparse.Namespace:
     parser.add_argument("--only", choices=("nomoat", "peft"), help="run one side")
     parser.add_argument("--speed-only", action="store_true")
     parser.add_argument("--dense", type=shape, nargs="+", metavar="ROWSxLENGTH", help="speed on rows of these shapes")
+    parser.add_argument("--base", choices=("dense", "nf4"), default="dense", help="PEFT's base weights; nf4 only with --dense")
     parser.add_argument("--steps", type=int, default=SPEED_STEPS, help="with --speed-only or --dense")
     parser.add_argument("--chat", action="store_true", help="rows in the model's chat template, with its system prompt")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peft-python", type=Path, default=PEFT_PYTHON)
-    return parser.parse_args()
+    given = parser.parse_args()
+    if given.base != "dense" and not given.dense:
+        parser.error("--base nf4 is measured with --dense only")
+    return given
 
 
 def measure_dense(given: argparse.Namespace, path: Path, tokenizer: Tokenizer) -> None:
-    """Speed of both sides on every shape, into train_dense.json."""
+    """Speed of both sides on every shape, into train_dense.json or train_nf4.json."""
     text = (given.shared / "wikitext2" / "wiki.test.txt").read_text(encoding="utf-8")
     ids = tokenizer.encode(text, add_bos=False)
-    file = RESULTS / "train_dense.json"
+    name = "train_dense" if given.base == "dense" else "train_nf4"
+    file = RESULTS / f"{name}.json"
     shapes = json.loads(file.read_text(encoding="utf-8"))["shapes"] if file.exists() else {}
     for rows, length in given.dense:
         plan = dense_plan(ids, rows, length, WARM_STEPS + given.steps)
-        bench = Bench(path, plan, [], tokenizer, given.threads, given.peft_python)
-        with tempfile.TemporaryDirectory(prefix="nomoat-bench-") as name:
-            found = bench.speed(given.steps, Path(name))
+        bench = Bench(path, plan, [], tokenizer, given)
+        with tempfile.TemporaryDirectory(prefix="nomoat-bench-") as folder:
+            found = bench.speed(given.steps, Path(folder))
         medians = found["tokens_per_second"]
         print(f"{rows} x {length}: nomoat {medians['nomoat']:,.0f} tokens/s, PEFT {medians['peft']:,.0f}: x {found['ratio']:.2f}")
         work = {"model": path.name, "rows": rows, "length": length, "rank": RANK, "alpha": ALPHA}
         shapes[f"{rows}x{length}"] = {"work": work, **found, "machine": environment(given.threads)}
-    print(f"written: {write('train_dense', {'shapes': shapes})}")
+    print(f"written: {write(name, {'shapes': shapes})}")
 
 
 def main() -> None:
@@ -285,7 +296,7 @@ def main() -> None:
         return measure_dense(given, path, tokenizer)
     data = load_dataset("clinc150", given.shared, train_rows=given.train, test_rows=given.test)
     plan, expected = make_plan(data.train[: given.first], data.test, tokenizer, template if given.chat else None)
-    bench = Bench(path, plan, expected, tokenizer, given.threads, given.peft_python)
+    bench = Bench(path, plan, expected, tokenizer, given)
     counted = range(len(plan.batches))
     work = {
         "model": path.name,

@@ -164,6 +164,22 @@ def test_prefill_chunks_and_neighbours_do_not_change_a_row(model: Model, precisi
         np.testing.assert_array_equal(np.concatenate(rows), expected[which])
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_row_does_not_depend_on_which_others_are_read(model: Model, precision: str) -> None:
+    stacks = stacks_of(model)
+    segments = [(TOKENS[:9], stacks[0]), (TOKENS[2:3], stacks[1]), (TOKENS[4:20], stacks[2])]
+    found = []
+    for read in (None, [0, 8, 9, 25]):
+        sequences = [Sequence() for _ in segments]
+        x = model.forward(
+            [(sequence, *segment) for sequence, segment in zip(sequences, segments, strict=True)], precision=precision, read=read
+        )
+        found.append(model.head(x, [0, 8, 9, 25], precision=precision))
+        for sequence in sequences:
+            model.pool(precision).cut(sequence, 0)
+    np.testing.assert_array_equal(*found)
+
+
 @pytest.mark.parametrize("precision", ["f32", "bf16"])
 def test_training_and_scoring_see_the_same_model(model: Model, precision: str) -> None:
     """The forward pass of training is the one that scores: log-probabilities agree to the last bit."""

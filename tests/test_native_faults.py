@@ -157,10 +157,16 @@ def engine(layer: dict[str, int] = LAYER, **changes: Any) -> _native.Engine:
 
 
 def batch(
-    *, starts: Any = (0, 3), positions: Any = (0,), page_starts: Any = (0, 1), pages: Any = (0,), prefix: int = 0
+    *,
+    starts: Any = (0, 3),
+    positions: Any = (0,),
+    page_starts: Any = (0, 1),
+    pages: Any = (0,),
+    prefix: int = 0,
+    read: Any = None,
 ) -> _native.Batch:
     bounds, begins, page_bounds, table = (np.array(x, np.int32) for x in (starts, positions, page_starts, pages))
-    return _native.Batch(bounds, begins, page_bounds, table, [], prefix)
+    return _native.Batch(bounds, begins, page_bounds, table, [], prefix, None if read is None else np.array(read, np.int32))
 
 
 def floats(*shape: int) -> np.ndarray:
@@ -211,6 +217,9 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: batch(prefix=2), "with a prefix"),
     (lambda: batch(prefix=-3), "with a prefix"),
     (lambda: batch(starts=(0, 3, 4), positions=(0, 5), page_starts=(0, 1, 2), pages=(0, 1), prefix=3), "with a prefix"),
+    (lambda: batch(read=(0, 3)), "ascend, below 3"),
+    (lambda: batch(read=(-1,)), "ascend"),
+    (lambda: batch(read=(1, 1)), "ascend"),
     (lambda: engine().embed(ids(0, 40), floats(2, 32)), "token 40"),
     (lambda: engine().embed(ids(-1), floats(1, 32)), "token -1"),
     (lambda: engine().embed(ids(0), floats(1, 31)), "x must be"),

@@ -1,12 +1,12 @@
 """Creates the peers' environments under build/, compiled for this machine: one each, because both bring a `libllama`.
 
-    python bench/peers/install.py [--only llama.cpp ik_llama.cpp server] [--jobs N] [--folder build/peers]
+    python bench/peers/install.py [--only llama.cpp ik_llama.cpp server bitsandbytes] [--jobs N] [--folder build/peers]
 
 build/peers         llama.cpp by llama-cpp-python, from its source distribution
 build/peers-ik      ik_llama.cpp by ik-llama-cpp-python, from its source distribution
 build/peers-server  llama.cpp's server by xllamacpp, a wheel that chooses the processor's code as it starts
 
-The peers of training (torch, transformers, PEFT) live in .parity; `make parity` creates it.
+The peers of training (torch, transformers, PEFT) live in .parity, which `make parity` creates; bitsandbytes goes there too.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "peers"
-PEFT_PYTHON = ROOT / ".parity" / "bin" / "python"
+PARITY = ROOT / ".parity"
+PEFT_PYTHON = PARITY / "bin" / "python"
 
 
 @dataclass(frozen=True)
 class Peer:
-    """An environment. Versions are exact: a figure belongs to one. `cmake` empty: a wheel, nothing is compiled. `targets`: what
-    alone is built, and `without`: what is cut out of the package's CMakeLists.txt (regular expressions)."""
+    """An environment. Versions are exact: a figure belongs to one. `suffix` None: it is .parity. `cmake` empty: a wheel, nothing
+    is compiled. `targets`: what alone is built, and `without`: what is cut out of the package's CMakeLists.txt (regular
+    expressions)."""
 
-    suffix: str
+    suffix: str | None
     package: str
     version: str
     cmake: str = ""
@@ -39,7 +41,7 @@ class Peer:
     without: tuple[str, ...] = ()
 
     def folder(self, folder: Path = FOLDER) -> Path:
-        return folder.with_name(folder.name + self.suffix)
+        return PARITY if self.suffix is None else folder.with_name(folder.name + self.suffix)
 
     def python(self, folder: Path = FOLDER) -> Path:
         return self.folder(folder) / "bin" / "python"
@@ -61,6 +63,7 @@ PEERS = {
         without=(r"add_subdirectory\(\S+/quantize\)", r"install\(\s+TARGETS llama-quantize\s[^)]*\)"),
     ),
     "server": Peer("-server", "xllamacpp", "2026.10.11549"),
+    "bitsandbytes": Peer(None, "bitsandbytes", "0.50.2"),
 }
 LLAMACPP_PYTHON = PEERS["llama.cpp"].python()
 IK_PYTHON = PEERS["ik_llama.cpp"].python()
@@ -100,6 +103,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of llama.cpp; the others lie beside it")
     parser.add_argument("--only", nargs="+", choices=PEERS, default=list(PEERS))
     given = parser.parse_args()
+    if "bitsandbytes" in given.only and not PEFT_PYTHON.exists():
+        parser.error(
+            "bitsandbytes goes into .parity, which does not exist; run `make parity` first, or choose the others: --only"
+        )
     for name in given.only:
         install(PEERS[name], given.folder, given.jobs)
         print(f"ready: {PEERS[name].folder(given.folder)}")

@@ -51,9 +51,9 @@ def answers(prompts: list[list[int]], adapters: list[int], count: int) -> dict[s
     each = max(1, FORWARD_ROWS // len(prompts[0]))  # prompts of one step
     for first in range(0, len(prompts), each):
         group = range(first, min(first + each, len(prompts)))
-        x = model.forward([(sequences[i], prompts[i], stacks[i]) for i in group])
-        ends = np.cumsum([len(prompts[i]) for i in group]) - 1
-        for i, logits in zip(group, model.head(x, ends.astype(np.int32)), strict=True):
+        ends = np.cumsum([len(prompts[i]) for i in group], dtype=np.int32) - 1
+        x = model.forward([(sequences[i], prompts[i], stacks[i]) for i in group], read=ends)
+        for i, logits in zip(group, model.head(x, ends), strict=True):
             said[i].append(choose_token(greedy, logits, said[i]))
     for _ in range(count - 1):
         x = model.forward([(sequences[i], said[i][-1:], stacks[i]) for i in range(len(prompts))])

@@ -3,6 +3,8 @@
 What a careful user would write: batches padded to their longest row, attention mask, labels of -100 outside the answer,
 AdamW, adapters in float32 over the bfloat16 base (PEFT's default). transformers dequantizes the GGUF file itself. Where the CPU
 has no instructions for bfloat16 the base is float32: torch's bfloat16 products run on one thread there, at 5 tokens/s.
+
+With `base` "nf4" its linears are those of bitsandbytes, as `load_in_4bit` makes them: NF4, products in the type above.
 """
 
 from __future__ import annotations
@@ -29,18 +31,33 @@ def fastest_type() -> torch.dtype:
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
-def load(model: str, plan: str, rank: int, alpha: float, rates: list[float], threads: int) -> dict[str, Any]:
+def to_nf4(base: Any) -> None:
+    """Puts bitsandbytes' 4-bit linears in the places of those of all layers; the head stays, as transformers leaves it."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for parent in base.model.layers.modules():
+        for name, linear in list(parent.named_children()):
+            if isinstance(linear, torch.nn.Linear):
+                low = Linear4bit(linear.in_features, linear.out_features, False, fastest_type(), quant_type="nf4")
+                low.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4").to("cpu")  # it quantizes here
+                setattr(parent, name, low)
+    base.is_loaded_in_4bit = True  # what PEFT looks at to choose its layers
+
+
+def load(model: str, plan: str, rank: int, alpha: float, rates: list[float], threads: int, base: str = "dense") -> dict[str, Any]:
     """Opens the model and puts fresh adapters on it; `rates` holds the learning rate of every step of the plan."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     transformers.utils.logging.disable_progress_bar()
     path = Path(model)
     dense = transformers.GgufConfig(dequantize=True)  # otherwise products run on packed blocks, slower and without oneDNN
-    base = transformers.AutoModelForCausalLM.from_pretrained(
+    weights = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=fastest_type(), quantization_config=dense
     )
+    if base == "nf4":
+        to_nf4(weights)
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=LINEARS, lora_dropout=0.0, task_type="CAUSAL_LM")
-    adapted = peft.get_peft_model(base, config)
+    adapted = peft.get_peft_model(weights, config)
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rates[0], betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     state.update(model=adapted, trained=trained, optimizer=optimizer, rates=rates, plan=Plan.load(Path(plan)), step=0)
@@ -49,7 +66,7 @@ def load(model: str, plan: str, rank: int, alpha: float, rates: list[float], thr
         "peak_rss_mb": peak_rss_mb(),
         "versions": versions,
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "base_type": str(base.model.layers[0].mlp.down_proj.base_layer.weight.dtype),
+        "base_type": base if base != "dense" else str(weights.model.layers[0].mlp.down_proj.base_layer.weight.dtype),
         "adapter_type": str(trained[0].dtype),
         "trained": sum(parameter.numel() for parameter in trained),
     }

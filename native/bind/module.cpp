@@ -13,7 +13,7 @@ struct PyLora {
 
 struct PyBatch {
   PyBatch(const ConstInts& starts, const ConstInts& positions, const ConstInts& page_starts, const ConstInts& pages,
-          const std::vector<PyLora*>& loras, int prefix) {
+          const std::vector<PyLora*>& loras, int prefix, const std::optional<ConstInts>& read) {
     const size_t n = positions.shape(0);
     require(starts.shape(0) == n + 1 && page_starts.shape(0) == n + 1 && (loras.empty() || loras.size() == n),
             "batch arrays disagree in length");
@@ -35,6 +35,11 @@ struct PyBatch {
       batch.rows += count;
     }
     batch.prefix = prefix;
+    if (!read) return;
+    batch.read.emplace(read->data(), read->data() + read->shape(0));
+    for (size_t i = 0; i < batch.read->size(); i++)
+      require((i ? (*batch.read)[i - 1] : -1) < (*batch.read)[i] && (*batch.read)[i] < batch.rows,
+              "rows that are read must ascend, below " + std::to_string(batch.rows));
   }
   Batch batch;
   int highest_page = -1;
@@ -186,7 +191,7 @@ struct PyTape : Tape {
 void run_layer(PyEngine& e, int layer, Mode mode, float* x, const Batch& batch, const KvCache& cache, int cache_layer,
                LayerTape* tape) {
   attention_forward(e, layer, mode, x, batch, cache, cache_layer, tape);
-  (e.layers[size_t(layer)].experts ? moe_forward : mlp_forward)(e, layer, mode, x, batch, tape);
+  feed_forward(e, layer, mode, x, batch, tape);
 }
 
 void forward_layer(PyEngine& e, int layer, const std::string& precision, const Floats& x, const PyBatch& b, KvCache& cache) {
@@ -223,7 +228,7 @@ void backward_layer(PyEngine& e, int layer, const Floats& dx, const PyBatch& b, 
     run_layer(e, layer, tape.mode, tape.inputs[size_t(layer)].data<float>(), b.batch, tape.scratch, 0, &tape.again);
     own = &tape.again;
   }
-  (e.layers[size_t(layer)].experts ? moe_backward : mlp_backward)(e, layer, tape.mode, dx.data(), b.batch, *own);
+  feed_forward_backward(e, layer, tape.mode, dx.data(), b.batch, *own);
   attention_backward(e, layer, tape.mode, dx.data(), b.batch, *own, need_dx);
 }
 
@@ -233,9 +238,10 @@ void bind_state(nb::module_& m) {
       .def("set", &set_lora, nb::arg("layer"), nb::arg("target"), array("a"), array("bt"), array("scale"),
            array("da").none() = nb::none(), array("dbt").none() = nb::none());
   nb::class_<PyBatch>(m, "Batch")
-      .def(nb::init<const ConstInts&, const ConstInts&, const ConstInts&, const ConstInts&, const std::vector<PyLora*>&, int>(),
+      .def(nb::init<const ConstInts&, const ConstInts&, const ConstInts&, const ConstInts&, const std::vector<PyLora*>&, int,
+                    const std::optional<ConstInts>&>(),
            array("starts"), array("positions"), array("page_starts"), array("pages"), nb::arg("loras"), nb::arg("prefix") = 0,
-           nb::keep_alive<1, 6>())
+           array("read").none() = nb::none(), nb::keep_alive<1, 6>())
       .def_prop_ro("rows", [](const PyBatch& b) { return b.batch.rows; });
   nb::class_<KvCache>(m, "KvCache")
       .def(

@@ -6,6 +6,7 @@
 
 #include <array>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -67,6 +68,7 @@ struct Batch {
   int rows = 0, prefix = 0;
   std::vector<Segment> segments;
   std::vector<int32_t> page_tables;
+  std::optional<std::vector<int32_t>> read;  // rows of x, ascending, that are read after the last layer; none = all
   const LoraSet* lora() const { return segments.empty() ? nullptr : segments[0].lora; }
 };
 
@@ -178,7 +180,7 @@ struct Engine {
   // scratch, grown on demand; names say who uses them
   Buffer normed, normed_low, blocks, q8, q, k, v, attn_q, attn_k, attn_v, scores, mixed, mixed_flat, gate, up, act, act_low, du,
       logits, lse, dy_low, dx, dgate, dup, dmixed, dq, dk, dv, head_x, head_dx, x_wide, shared, turned_q, turned_k, branch,
-      d_branch, routing, chosen, pair_x, pair_dy, pair_low, pair_q, pair_blocks, pair_out, d_routing, shared_weight;
+      d_branch, routing, chosen, few, pair_x, pair_dy, pair_low, pair_q, pair_blocks, pair_out, d_routing, shared_weight;
   std::array<Buffer, kTargets> target_u;
   std::vector<Buffer> thread_scratch = std::vector<Buffer>(256);
 };
@@ -281,9 +283,11 @@ const float* branch_backward(Engine&, Mode, const float* post_norm, const Buffer
 
 void attention_forward(Engine&, int layer, Mode, float* x, const Batch&, const KvCache&, int cache_layer, LayerTape*);
 void attention_backward(Engine&, int layer, Mode, float* dx, const Batch&, const LayerTape&, bool need_dx);
+void feed_forward(Engine&, int layer, Mode, float* x, const Batch&, LayerTape*);
+void feed_forward_backward(Engine&, int layer, Mode, float* dx, const Batch&, const LayerTape&);
+// what the two above are made of: one dense MLP, or experts where a layer has them
 void mlp_forward(Engine&, int layer, Mode, float* x, const Batch&, LayerTape*);
 void mlp_backward(Engine&, int layer, Mode, float* dx, const Batch&, const LayerTape&);
-// in place of the two above where a layer has experts
 void moe_forward(Engine&, int layer, Mode, float* x, const Batch&, LayerTape*);
 void moe_backward(Engine&, int layer, Mode, float* dx, const Batch&, const LayerTape&);
 

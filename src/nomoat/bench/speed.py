@@ -54,10 +54,7 @@ def prefilled(model: Model, tokens: Sequence[int], stack: Stack | None = None) -
     """A sequence with `tokens` in its cache, and the seconds that took, the logits of the last token included."""
     sequence = kv.Sequence()
     began = time.perf_counter()
-    for begin in range(0, len(tokens), FORWARD_ROWS):
-        part = tokens[begin : begin + FORWARD_ROWS]
-        x = model.forward([(sequence, part, stack)])
-    model.head(x, [len(part) - 1])
+    model.next_logits(sequence, tokens, stack)
     return sequence, time.perf_counter() - began
 
 

@@ -260,15 +260,15 @@ def _step(model: Model, active: list[_Answer]) -> None:
             budget -= len(tokens) + len(guessed)
     # one adapter's rows side by side: its products are taken together
     segments.sort(key=lambda segment: id(segment[0].stack))
-    x = model.forward([(answer.sequence, tokens + guessed, answer.stack) for answer, tokens, guessed in segments])
     rows: list[int] = []
     ready: list[tuple[_Answer, list[int]]] = []
     end = 0
     for answer, tokens, guessed in segments:
         end += len(tokens) + len(guessed)
-        if len(answer.sequence.tokens) >= len(answer.prompt) + len(answer.tokens):
+        if len(tokens) == len(answer.pending()):
             rows += range(end - len(guessed) - 1, end)
             ready.append((answer, guessed))
+    x = model.forward([(answer.sequence, tokens + guessed, answer.stack) for answer, tokens, guessed in segments], read=rows)
     if not ready:
         return
     logits = model.head(x, rows)

@@ -136,11 +136,18 @@ class Model:
             self._pools[precision] = KvPool(self._engine, type)
         return self._pools[precision]
 
-    def forward(self, segments: Sequence[tuple[kv.Sequence, Sequence[int], Stack | None]], *, precision: str = "int8") -> Float32:
+    def forward(
+        self,
+        segments: Sequence[tuple[kv.Sequence, Sequence[int], Stack | None]],
+        *,
+        precision: str = "int8",
+        read: Sequence[int] | Int32 | None = None,
+    ) -> Float32:
         """Runs new tokens of several sequences, appends them to the cache, returns hidden rows [M, width padded to 32].
 
-        `segments` are (sequence, its next tokens, adapters). Raises InputError for a token id out of range or a context that
-        is too long; then nothing has changed.
+        `segments` are (sequence, its next tokens, adapters). `read` are the rows that the caller looks at, ascending (all by
+        default): the others are left as they were half a layer before the end. Raises InputError for a token id out of range
+        or a context that is too long; then nothing has changed.
         """
         pool = self.pool(precision)
         for sequence, tokens, _ in segments:
@@ -159,6 +166,7 @@ class Model:
             [len(sequence.tokens) for sequence, _, _ in segments],
             [sequence.pages for sequence, _, _ in segments],
             [native_set(stack, self.spec.layers) if stack is not None and stack.linears else None for _, _, stack in segments],
+            read=read,
         )
         x = self._embed(flat)
         for layer in range(self.spec.layers):
@@ -173,6 +181,15 @@ class Model:
         logits = np.zeros((len(ids), _padded(self.spec.vocab)), np.float32)
         self._engine.logits(precision, x, ids, logits)
         return logits[:, : self.spec.vocab]
+
+    def next_logits(self, sequence: kv.Sequence, tokens: Sequence[int], stack: Stack | None = None) -> Float32:
+        """Runs the next tokens of a sequence, however many; logits [vocab] of what follows them. Raises as `forward`."""
+        for begin in range(0, len(tokens), FORWARD_ROWS):
+            part = tokens[begin : begin + FORWARD_ROWS]
+            last = [len(part) - 1] if begin + len(part) == len(tokens) else []
+            x = self.forward([(sequence, part, stack)], read=last)
+        logits: Float32 = self.head(x, last)[0]
+        return logits
 
     def logits(self, tokens: Sequence[int], *, stack: Stack | None = None, precision: str = "int8") -> Float32:
         """Logits [T, vocab] of one sequence."""
@@ -197,8 +214,8 @@ class Model:
             try:
                 for at in range(begin, end, FORWARD_ROWS):
                     stop = min(at + FORWARD_ROWS, end)
-                    x = self.forward([(sequence, pack.tokens[at:stop].tolist(), stack)], precision=precision)
                     rows = _weighted(pack, at, stop)
+                    x = self.forward([(sequence, pack.tokens[at:stop].tolist(), stack)], precision=precision, read=rows - at)
                     logp = np.empty(len(rows), np.float32)
                     if len(rows):
                         self._engine.logprobs(precision, x, rows - at, pack.targets[rows], logp)
@@ -219,13 +236,13 @@ class Model:
         again, with the same bits. Raises NonFiniteError, then the gradients are not to be used.
         """
         tokens, lengths, positions, prefix, kept = _share_prefix(pack)
-        batch = self._batch(lengths, positions, _page_tables(lengths, prefix), [lora.native] * len(lengths), prefix)
+        weighted = _weighted(pack, 0, len(pack.tokens))
+        rows = kept[weighted]
+        batch = self._batch(lengths, positions, _page_tables(lengths, prefix), [lora.native] * len(lengths), prefix, rows)
         tape = self._tape(precision, len(tokens), lora, budget)
         x = self._embed(tokens)
         for layer in range(self.spec.layers):
             self._engine.record_layer(layer, x, batch, tape)
-        weighted = _weighted(pack, 0, len(pack.tokens))
-        rows = kept[weighted]
         logp = np.empty(len(rows), np.float32)
         dx = np.zeros_like(x)
         self._engine.logprobs(precision, x, rows, pack.targets[weighted], logp, np.ascontiguousarray(d_logp, np.float32), dx)
@@ -260,13 +277,20 @@ class Model:
         pages: list[list[int]],
         loras: Sequence[_native.LoraSet | None],
         prefix: int = 0,
+        read: Sequence[int] | Int32 | None = None,
     ) -> _native.Batch:
         starts = np.cumsum([0, *counts], dtype=np.int32)
         page_starts = np.cumsum([0, *map(len, pages)], dtype=np.int32)
         flat = np.asarray([page for table in pages for page in table], np.int32)
         # None is the base model, which the generated stub of a C++ vector of pointers cannot say
         return _native.Batch(
-            starts, np.asarray(positions, np.int32), page_starts, flat, cast(list[_native.LoraSet], list(loras)), prefix
+            starts,
+            np.asarray(positions, np.int32),
+            page_starts,
+            flat,
+            cast(list[_native.LoraSet], list(loras)),
+            prefix,
+            None if read is None else np.ascontiguousarray(read, np.int32),
         )
 
 

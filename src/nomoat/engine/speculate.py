@@ -84,17 +84,9 @@ class Draft:
         limit = min(limit, self._length, self.model.spec.context - len(text) + 1)
         guessed: list[int] = []
         while len(guessed) < limit:
-            row = self._last_logits((text + guessed)[len(self._sequence.tokens) :])
+            row = self.model.next_logits(self._sequence, (text + guessed)[len(self._sequence.tokens) :])
             guessed.append(choose(row[: self._vocab], said + guessed))
         return guessed
-
-    def _last_logits(self, tokens: list[int]) -> Float32:
-        from nomoat.engine.model import FORWARD_ROWS
-
-        for begin in range(0, len(tokens), FORWARD_ROWS):
-            x = self.model.forward([(self._sequence, tokens[begin : begin + FORWARD_ROWS], None)])
-        logits: Float32 = self.model.head(x, [len(x) - 1])[0]
-        return logits
 
     def judged(self, guessed: int, right: int) -> None:
         """Takes note of how many of the tokens guessed last were right."""
