@@ -20,6 +20,10 @@ from bench.peers.channel import peak_rss_mb, rss_mb, serve
 
 FORK = importlib.util.find_spec("llama_cpp") is None
 PACKAGE = "ik-llama-cpp-python" if FORK else "llama-cpp-python"
+if FORK:  # its libllama does not say where libggml is, and finds it where it is loaded already
+    found = importlib.util.find_spec("ik_llama_cpp")
+    assert found is not None and found.submodule_search_locations
+    ctypes.CDLL(str(Path(found.submodule_search_locations[0], "lib", "libggml.so")), ctypes.RTLD_GLOBAL)
 api: Any = importlib.import_module("ik_llama_cpp._ctypes_api" if FORK else "llama_cpp.llama_cpp")
 library: Any = api._lib
 
@@ -94,6 +98,8 @@ def _context(streams: int) -> Any:
         chosen.n_ctx = streams * state["length"]
         chosen.n_batch = max(state["length"], streams)
         chosen.n_seq_max = streams
+        if FORK and streams > 1:  # its flash attention aborts ("S > 0") where a thread's share of the keys is another sequence's
+            chosen.flash_attn = False
         chosen.n_threads = chosen.n_threads_batch = state["threads"]
         context = api.llama_init_from_model(state["model"], chosen)
         if not context:
