@@ -31,8 +31,13 @@ inline void pause_cpu() {
 // 4,000 pauses are 40-150 microseconds on the processors measured.
 constexpr int kSpins = 4000;
 
+// Tasks of a region that lie together, the one after the last in the upper half, the next to claim in the lower.
+struct alignas(64) Share {
+  std::atomic<uint64_t> claims{0};
+};
+
 struct Pool {
-  explicit Pool(int workers) {
+  explicit Pool(int workers) : shares(size_t(workers) + 1) {
     for (int i = 0; i < workers; i++) threads.emplace_back([this, i] { work(i + 1); });
   }
 
@@ -53,7 +58,9 @@ struct Pool {
     context = argument;
     failure = nullptr;
     done.store(0, std::memory_order_relaxed);
-    claims.store(uint64_t(count) << 32, std::memory_order_release);
+    const uint64_t parts = shares.size();
+    for (uint64_t i = 0; i < parts; i++)
+      shares[i].claims.store((uint64_t(count) * (i + 1) / parts) << 32 | uint64_t(count) * i / parts, std::memory_order_release);
     {
       std::lock_guard<std::mutex> lock(mutex);
       generation.fetch_add(1, std::memory_order_release);
@@ -69,23 +76,28 @@ struct Pool {
     if (failure) std::rethrow_exception(failure);
   }
 
-  // While a claimed task is not done, run() does not return: `call` and `context` belong to that claim.
+  // A thread takes its own share first: neighbouring tasks read neighbouring weights, which are fetched ahead. Then it takes what
+  // others have left. While a claimed task is not done, run() does not return: `call` and `context` belong to that claim.
   void drain(int thread) {
     int mine = 0;
-    for (;;) {
-      const uint64_t claim = claims.fetch_add(1, std::memory_order_acq_rel);
-      const int task = int(uint32_t(claim)), tasks = int(claim >> 32);
-      if (task >= tasks) break;
-      mine++;
-      try {
-        call(context, task, thread);
-      } catch (...) {
-        std::lock_guard<std::mutex> lock(mutex);
-        if (!failure) failure = std::current_exception();
+    for (size_t i = 0; i < shares.size(); i++) {
+      std::atomic<uint64_t>& claims = shares[(size_t(thread) + i) % shares.size()].claims;
+      while (left(claims.load(std::memory_order_relaxed))) {
+        const uint64_t claim = claims.fetch_add(1, std::memory_order_acq_rel);
+        if (!left(claim)) break;
+        mine++;
+        try {
+          call(context, int(uint32_t(claim)), thread);
+        } catch (...) {
+          std::lock_guard<std::mutex> lock(mutex);
+          if (!failure) failure = std::current_exception();
+        }
       }
     }
     if (mine) done.fetch_add(mine, std::memory_order_release);
   }
+
+  static bool left(uint64_t claim) { return uint32_t(claim) < uint32_t(claim >> 32); }
 
   void work(int thread) {
     uint64_t seen = 0;
@@ -104,10 +116,10 @@ struct Pool {
   std::vector<std::thread> threads;
   std::mutex mutex;
   std::condition_variable wake;
-  std::atomic<uint64_t> generation{0};
+  std::vector<Share> shares;                        // one a thread
+  alignas(64) std::atomic<uint64_t> generation{0};  // workers spin on it: on a cache line of its own
   std::atomic<bool> stopping{false};
-  std::atomic<uint64_t> claims{0};  // tasks of the region in the upper half, the next one to claim in the lower
-  std::atomic<int> done{0};
+  alignas(64) std::atomic<int> done{0};
   void (*call)(void*, int, int) = nullptr;
   void* context = nullptr;
   std::exception_ptr failure;
