@@ -127,10 +127,12 @@ class Bench:
         plan: Plan,
         expected: list[str],
         tokenizer: Tokenizer,
-        given: argparse.Namespace,
+        threads: int,
+        peft_python: Path,
+        base: str = "dense",
     ) -> None:
         self.model, self.plan, self.expected, self.tokenizer = model, plan, expected, tokenizer
-        self.threads, self.peft_python, self.base = given.threads, given.peft_python, given.base
+        self.threads, self.peft_python, self.base = threads, peft_python, base
 
     def start(self, name: str, rate: float, folder: Path) -> tuple[Side, dict[str, Any]]:
         """A loaded side, and what it says of itself."""
@@ -269,7 +271,7 @@ def measure_dense(given: argparse.Namespace, path: Path, tokenizer: Tokenizer) -
     shapes = json.loads(file.read_text(encoding="utf-8"))["shapes"] if file.exists() else {}
     for rows, length in given.dense:
         plan = dense_plan(ids, rows, length, WARM_STEPS + given.steps)
-        bench = Bench(path, plan, [], tokenizer, given)
+        bench = Bench(path, plan, [], tokenizer, given.threads, given.peft_python, given.base)
         with tempfile.TemporaryDirectory(prefix="nomoat-bench-") as folder:
             found = bench.speed(given.steps, Path(folder))
         medians = found["tokens_per_second"]
@@ -296,7 +298,7 @@ def main() -> None:
         return measure_dense(given, path, tokenizer)
     data = load_dataset("clinc150", given.shared, train_rows=given.train, test_rows=given.test)
     plan, expected = make_plan(data.train[: given.first], data.test, tokenizer, template if given.chat else None)
-    bench = Bench(path, plan, expected, tokenizer, given)
+    bench = Bench(path, plan, expected, tokenizer, given.threads, given.peft_python)
     counted = range(len(plan.batches))
     work = {
         "model": path.name,
