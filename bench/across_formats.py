@@ -97,7 +97,8 @@ def main() -> None:
 
     data = load("clinc150", given.shared, train_rows=given.train, test_rows=given.test)
     given.folder.mkdir(parents=True, exist_ok=True)
-    files = make(resolve(given.model, download=True), given.own, given.formats, given.folder)
+    source = resolve(given.model, download=True)
+    files = make(source, given.own, given.formats, given.folder)
     trained: dict[str, Any] = {}
     scores: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="nomoat-bench-") as name:
@@ -112,7 +113,7 @@ def main() -> None:
             for served, other in files.items():
                 scores[kind][served] = child("score", model=f"{other}+{adapter}", data=str(paths["test"]))
                 print(f"  served on {served}: {scores[kind][served]['score']:.1%}", file=sys.stderr, flush=True)
-    work = {"model": Path(files[given.own]).name, "train_rows": len(data.train), "test_rows": len(data.test)}
+    work = {"model": source.name, "train_rows": len(data.train), "test_rows": len(data.test)}
     figures = {"work": work, "trained": trained, "scores": scores, "machine": environment(settings.threads())}
     print(f"written: {write('across_formats', figures)}")
     PAGE.write_text(page(figures), encoding="utf-8")
