@@ -21,9 +21,8 @@ from bench.peers.channel import peak_rss_mb, rss_mb, serve
 FORK = importlib.util.find_spec("llama_cpp") is None
 PACKAGE = "ik-llama-cpp-python" if FORK else "llama-cpp-python"
 if FORK:  # its libllama does not say where libggml is, and finds it where it is loaded already
-    found = importlib.util.find_spec("ik_llama_cpp")
-    assert found is not None and found.submodule_search_locations
-    ctypes.CDLL(str(Path(found.submodule_search_locations[0], "lib", "libggml.so")), ctypes.RTLD_GLOBAL)
+    ggml = importlib.metadata.distribution(PACKAGE).locate_file("ik_llama_cpp/lib/libggml.so")
+    ctypes.CDLL(str(ggml), ctypes.RTLD_GLOBAL)
 api: Any = importlib.import_module("ik_llama_cpp._ctypes_api" if FORK else "llama_cpp.llama_cpp")
 library: Any = api._lib
 

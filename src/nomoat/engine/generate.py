@@ -265,7 +265,7 @@ def _step(model: Model, active: list[_Answer]) -> None:
     end = 0
     for answer, tokens, guessed in segments:
         end += len(tokens) + len(guessed)
-        if len(tokens) == len(answer.pending()):
+        if len(answer.sequence.tokens) + len(tokens) == len(answer.prompt) + len(answer.tokens):
             rows += range(end - len(guessed) - 1, end)
             ready.append((answer, guessed))
     x = model.forward([(answer.sequence, tokens + guessed, answer.stack) for answer, tokens, guessed in segments], read=rows)
