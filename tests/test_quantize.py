@@ -19,7 +19,7 @@ from architectures import ROWS, TOKENS
 from nomoat import _native
 from nomoat.cli import main
 from nomoat.engine.model import Model
-from nomoat.engine.quantize import quantize_rows
+from nomoat.engine.quantize import dequantize_rows, quantize_rows
 from nomoat.errors import InputError, ModelError, NonFiniteError, ResourceError
 from nomoat.files.ggml import BLOCK_SHAPE, GgmlType
 from nomoat.files.gguf import LazyArray, open_gguf
@@ -62,6 +62,19 @@ def decoded(packed: npt.NDArray[np.uint8], kind: GgmlType, shape: tuple[int, ...
 
 def rms(x: Floats) -> float:
     return float(np.sqrt((x.astype(np.float64) ** 2).mean()))
+
+
+@pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.name)
+def test_rows_decode_like_gguf(kind: GgmlType) -> None:
+    x = sample()
+    packed = quantize_rows(x, kind)
+    assert np.array_equal(dequantize_rows(packed, kind, x.shape[1]), decoded(packed, kind, x.shape))
+
+
+def test_rows_of_any_width_decode() -> None:
+    x = sample()[:3, :45].astype(np.float16)
+    found = dequantize_rows(x.reshape(-1).view(np.uint8), GgmlType.F16, 45)
+    assert np.array_equal(found, x.astype(np.float32))
 
 
 # ---- encoders ----------------------------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from nomoat.engine.quantize import dequantize_rows
 from nomoat.errors import ModelError, printable
-from nomoat.files.ggml import ADVICE, BLOCK_SHAPE, GgmlType
+from nomoat.files.ggml import ADVICE, BLOCK_SHAPE, GgmlType, stored_bytes
 from nomoat.files.gguf import GgufFile
 from nomoat.files.safetensors import SafetensorsFile
 from nomoat.models import gguf_form, spec_from_gguf, spec_from_hf
@@ -67,17 +68,12 @@ def from_gguf(file: GgufFile) -> Source:
 
 
 def _decoded(file: GgufFile, name: str) -> Iterator[Floats]:
-    from gguf import GGMLQuantizationType
-    from gguf.quants import dequantize
-
     info = file.tensors[name]
     columns = info.shape[-1] if info.shape else 1
-    values, size = BLOCK_SHAPE[info.type]
-    packed = file.data(name).reshape(-1, columns // values * size)
+    packed = file.data(name).reshape(-1, stored_bytes((columns,), info.type))
     step = max(1, CHUNK_VALUES // columns)
     for begin in range(0, len(packed), step):
-        piece = dequantize(packed[begin : begin + step], GGMLQuantizationType(int(info.type)))
-        yield np.ascontiguousarray(piece, np.float32).reshape(-1, columns)
+        yield dequantize_rows(packed[begin : begin + step], info.type, columns)
 
 
 def from_folder(path: Path, file: SafetensorsFile) -> Source:
