@@ -21,7 +21,7 @@ Time
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -293,6 +293,20 @@ def _container_memory(root: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
         return 1 << 62, 0
 
 
+def _best_seconds(work: Callable[[], None], threads: int, times: int) -> float:
+    from nomoat import _native
+
+    before = _native.threads()
+    _native.set_threads(threads)
+    best = 1e30
+    for _ in range(times):
+        start = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - start)
+    _native.set_threads(before)
+    return best
+
+
 def _product_rate(threads: int) -> float:
     """FLOP/s of the product that training consists of, bf16 factors with weights decoded on the way, best of a few runs."""
     import numpy as np
@@ -300,31 +314,18 @@ def _product_rate(threads: int) -> float:
     from nomoat import _native
 
     rows, side, f32 = 512, 1024, 0  # f32: the GGUF type id
-    before = _native.threads()
-    _native.set_threads(threads)
     weight = np.empty(_native.packed_bytes(f32, side, side), np.uint8)
     _native.pack(f32, side, side, np.ones((side, side), np.float32).view(np.uint8).reshape(-1), weight)
     x, y = np.ones((rows, side), np.float32), np.zeros((rows, side), np.float32)
-    best = 1e30
-    for _ in range(6):
-        start = time.perf_counter()
-        _native.product(f32, side, side, weight, x, y, "bf16")
-        best = min(best, time.perf_counter() - start)
-    _native.set_threads(before)
-    return float(2 * rows * side * side / best)
+    seconds = _best_seconds(lambda: _native.product(f32, side, side, weight, x, y, "bf16"), threads, 6)
+    return 2 * rows * side * side / seconds
 
 
 def _read_rate(threads: int) -> float:
     """Bytes/s at which `threads` threads read memory far larger than the caches, best of three."""
-    from concurrent.futures import ThreadPoolExecutor
-
     import numpy as np
 
-    data = np.ones((threads, 48 << 20 >> 3), np.int64)
-    best = 1e30
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(3):
-            start = time.perf_counter()
-            list(pool.map(np.max, data))
-            best = min(best, time.perf_counter() - start)
-    return float(data.nbytes / best)
+    from nomoat import _native
+
+    data = np.ones(threads * 48 << 20, np.uint8)
+    return data.nbytes / _best_seconds(lambda: _native.read_all(data), threads, 3)
