@@ -53,9 +53,15 @@ inline void exact_dots(const uint8_t* plane, int first, const int8_t* const (&x)
   }
 }
 
-// M rows x L times W lanes from `first` on. Integer dots are exact; each lane adds its 32-column blocks in order.
+// Few rows wait for memory, and the hardware's prefetcher starts anew at every 4 KB page. Planes, scales and the strips, of this
+// matrix and of the next, lie one behind the other: with each tile, as many bytes as it has are asked for this far ahead.
+// 8 to 32 KB are alike for matrices of 576 columns; 16 KB are too few for 4,096.
+constexpr int kAhead = 32 << 10;
+
+// M rows x L times W lanes from `first` on. Integer dots are exact; each lane adds its 32-column blocks in order. `fetched`:
+// bytes to fetch ahead with each tile.
 template <class V, class Q, int M, int D, int L>
-inline void i8_tile(const uint8_t* planes, const uint8_t* scales, size_t strip_bytes, int first, int tiles, const int8_t* q,
+inline void i8_tile(const uint8_t* planes, const uint8_t* scales, int fetched, int first, int tiles, const int8_t* q,
                     const ActBlock* blocks, float* y, int ldy, bool add) {
   using F = typename V::F;
   F acc[L][M];
@@ -63,11 +69,7 @@ inline void i8_tile(const uint8_t* planes, const uint8_t* scales, size_t strip_b
     for (int m = 0; m < M; m++) acc[l][m] = V::zero();
   for (int t = 0; t < tiles; t++) {
     const uint8_t* plane = planes + size_t(t) * Q::plane_bytes;
-    if constexpr (M <= 2) {
-      // Few rows wait for memory, and the hardware's prefetcher starts anew at every 4 KB page: ask two strips ahead.
-      for (int line = 0; line < Q::plane_bytes; line += 64) __builtin_prefetch(plane + 2 * strip_bytes + line, 0, 2);
-      if (t % 2 == 0) __builtin_prefetch(scales + 2 * strip_bytes + 32 * t, 0, 2);
-    }
+    for (int line = 0; line < fetched; line += 64) __builtin_prefetch(planes + size_t(t) * fetched + kAhead + line, 0, 2);
     const int8_t* x[M];
     const ActBlock* block[M];
     for (int m = 0; m < M; m++) {
@@ -106,10 +108,11 @@ template <class V, class Q, int D>
 inline void i8_strip(const Matrix& w, int strip, const int8_t* q, const ActBlock* blocks, int rows, float* y, int ldy, bool add) {
   constexpr int L = D == 1 && kStripRows > V::W ? 2 : 1;
   const uint8_t *planes = w.strip(strip), *scales = planes + w.plane_section;
-  const int tiles = w.tiles();
+  const int tiles = w.tiles(), tile_bytes = int(w.strip_bytes) / tiles;
   auto run = [&]<int M, int Lanes>(int m, int lane) {
-    i8_tile<V, Q, M, D, Lanes>(planes, scales, w.strip_bytes, lane, tiles, q + size_t(m) * tiles * kTileCols * code_bytes(D),
-                               blocks + size_t(m) * tiles, y + size_t(m) * ldy + strip * kStripRows, ldy, add);
+    i8_tile<V, Q, M, D, Lanes>(planes, scales, m == 0 && lane == 0 ? tile_bytes : 0, lane, tiles,
+                               q + size_t(m) * tiles * kTileCols * code_bytes(D), blocks + size_t(m) * tiles,
+                               y + size_t(m) * ldy + strip * kStripRows, ldy, add);
   };
   const int many = rows / V::kIntRows * V::kIntRows;
   for (int lane = 0; lane < kStripRows; lane += L * V::W)

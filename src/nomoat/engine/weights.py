@@ -15,6 +15,7 @@ import math
 import mmap
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -137,13 +138,13 @@ def _open_cache(path: Path, wanted: dict[str, Any], admit: Admit | None = None) 
             with contextlib.suppress(OSError):  # a cache that may only be read, or a file system without locks
                 packs.hold(file)
             view = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
-        tensors = {}
+        tensors, checksums = {}, []
         for name, (format, rows, cols, begin, nbytes, checksum) in header["tensors"].items():
-            data = view[begin : begin + nbytes]
-            if _native.checksum(data) != checksum:
-                return None
-            tensors[name] = PackedTensor(format, rows, cols, data)
-        return Weights(tensors, header["digest"])
+            tensors[name] = PackedTensor(format, rows, cols, view[begin : begin + nbytes])
+            checksums.append(checksum)
+        with ThreadPoolExecutor(_native.threads()) as pool:  # one thread alone reads at half of the memory's speed
+            found = list(pool.map(_native.checksum, [tensor.data for tensor in tensors.values()]))
+        return Weights(tensors, header["digest"]) if found == checksums else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
