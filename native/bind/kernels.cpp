@@ -99,12 +99,15 @@ void bind_weights(nb::module_& m) {
       "packed_bytes", [](int format, int rows, int cols) { return packed_bytes(packed_matrix(Format(format), rows, cols)); },
       nb::arg("format"), nb::arg("rows"), nb::arg("cols"));
   m.def(
-      "checksum",
-      [](const ConstBytes& data) {
+      "checksums",
+      [](const std::vector<ConstBytes>& tensors) {
+        std::vector<uint64_t> sums(tensors.size());
         nb::gil_scoped_release release;
-        return checksum(data.data(), data.size());
+        parallel_for(int(tensors.size()),
+                     [&](int i, int) { sums[size_t(i)] = checksum(tensors[size_t(i)].data(), tensors[size_t(i)].size()); });
+        return sums;
       },
-      array("data"));
+      nb::arg("tensors"));
   m.def("pack", &pack, nb::arg("format"), nb::arg("rows"), nb::arg("cols"), array("gguf"), array("packed"));
   m.def("quantize_rows", &quantize_rows, nb::arg("format"), array("x"), array("out"));
   m.def("read_rows", &read_rows, nb::arg("format"), nb::arg("rows"), nb::arg("cols"), array("packed"), array("ids"),

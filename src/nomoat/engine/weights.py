@@ -15,7 +15,6 @@ import math
 import mmap
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -142,9 +141,8 @@ def _open_cache(path: Path, wanted: dict[str, Any], admit: Admit | None = None) 
         for name, (format, rows, cols, begin, nbytes, checksum) in header["tensors"].items():
             tensors[name] = PackedTensor(format, rows, cols, view[begin : begin + nbytes])
             checksums.append(checksum)
-        with ThreadPoolExecutor(_native.threads()) as pool:  # one thread alone reads at half of the memory's speed
-            found = list(pool.map(_native.checksum, [tensor.data for tensor in tensors.values()]))
-        return Weights(tensors, header["digest"]) if found == checksums else None
+        intact = _native.checksums([tensor.data for tensor in tensors.values()]) == checksums
+        return Weights(tensors, header["digest"]) if intact else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -175,7 +173,7 @@ def _build(
     for name, data in _packed(path, spec, plan):
         out.seek(plan[name][3])
         out.write(data.data)
-        table[name] = (*plan[name], _native.checksum(data))
+        table[name] = (*plan[name], *_native.checksums([data]))
         done += plan[name][4]
         if progress:
             progress(done, total)
