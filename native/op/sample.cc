@@ -23,18 +23,36 @@ struct Candidate {
   int token;
 };
 
+bool unordered(float logit) { return !(logit < INFINITY); }
+
+// The highest logit, or +infinity if one is NaN or +infinity. Sixteen maxima side by side, in which the compiler sees vectors: one
+// that carries an index from logit to logit took 200 microseconds for 49,152 of them, a twentieth of a token's time.
+float top_logit(const float* logits, int vocab) {
+  float top[16];
+  int32_t bad[16] = {};
+  std::fill_n(top, 16, -INFINITY);
+  for (int t = 0; t + 16 <= vocab; t += 16)
+    for (int i = 0; i < 16; i++) {
+      bad[i] |= unordered(logits[t + i]);
+      top[i] = logits[t + i] > top[i] ? logits[t + i] : top[i];
+    }
+  for (int t = vocab / 16 * 16; t < vocab; t++) {
+    bad[0] |= unordered(logits[t]);
+    top[0] = logits[t] > top[0] ? logits[t] : top[0];
+  }
+  return std::count(bad, bad + 16, 0) < 16 ? INFINITY : *std::max_element(top, top + 16);
+}
+
 bool before(const Candidate& a, const Candidate& b) { return a.logit > b.logit || (a.logit == b.logit && a.token < b.token); }
 
 }  // namespace
 
 int sample(const float* logits, int vocab, const Sampling& o, const int32_t* recent, int recent_count, uint64_t step) {
   const bool penalized = o.repetition_penalty != 1 || o.presence_penalty != 0 || o.frequency_penalty != 0;
-  int likeliest = 0;
-  for (int t = 0; t < vocab; t++) {
-    if (!(logits[t] < INFINITY)) return t;  // NaN has no order to sort by: the caller looks at the logit of what it gets
-    if (logits[t] > logits[likeliest]) likeliest = t;
-  }
-  if (o.temperature <= 0 && !penalized) return likeliest;
+  // NaN has no order to sort by: the caller looks at the logit of what it gets.
+  const float highest = top_logit(logits, vocab);
+  if (!(highest < INFINITY)) return int(std::find_if(logits, logits + vocab, unordered) - logits);
+  if (o.temperature <= 0 && !penalized) return int(std::find(logits, logits + vocab, highest) - logits);
   std::vector<Candidate> all(static_cast<size_t>(vocab));
   for (int t = 0; t < vocab; t++) all[size_t(t)] = {logits[t], t};
   if (penalized) {

@@ -178,7 +178,7 @@ class Model:
     def head(self, x: Float32, rows: Sequence[int] | Int32, *, precision: str = "int8") -> Float32:
         """Logits [len(rows), vocab] of hidden rows; a view of [len(rows), vocab padded to 32]."""
         ids = np.ascontiguousarray(rows, np.int32)
-        logits = np.zeros((len(ids), _padded(self.spec.vocab)), np.float32)
+        logits = np.empty((len(ids), _padded(self.spec.vocab)), np.float32)
         self._engine.logits(precision, x, ids, logits)
         return logits[:, : self.spec.vocab]
 
