@@ -25,8 +25,8 @@ struct Candidate {
 
 bool unordered(float logit) { return !(logit < INFINITY); }
 
-// The highest logit, or +infinity if one is NaN or +infinity. Sixteen maxima side by side, in which the compiler sees vectors: one
-// that carries an index from logit to logit took 200 microseconds for 49,152 of them, a twentieth of a token's time.
+// The highest logit, or +infinity if one is NaN or +infinity. Sixteen maxima side by side, in which the compiler sees vectors:
+// one that carries an index from logit to logit took 200 microseconds for 49,152 of them, a twentieth of a token's time.
 float top_logit(const float* logits, int vocab) {
   float top[16];
   int32_t bad[16] = {};
