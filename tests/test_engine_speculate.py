@@ -93,25 +93,36 @@ def test_answers_end_at_their_limit_and_at_the_context(tmp_path: Path) -> None:
 
 def test_what_followed_last_time_is_guessed() -> None:
     lookup = PromptLookup([1, 2, 3, 4, 5, 6, 1, 2, 3])
-    assert lookup.guess(10) == [4, 5, 6, 1]
-    assert lookup.guess(2) == [4, 5]
+    assert lookup.guess(10) == [4]
     assert lookup.guess(0) == []
+    lookup.extend([4, 5])
+    assert lookup.guess(10) == [6, 1, 2]  # five tokens repeat
+    assert lookup.guess(2) == [6, 1]
     lookup.extend([9])
     assert lookup.guess(10) == []
     lookup.extend([1, 2, 3])
-    assert lookup.guess(10) == [9, 1, 2, 3]  # the latest occurrence counts
-    assert PromptLookup(range(MATCH)).guess(10) == PromptLookup([7] * (MATCH - 1)).guess(10) == PromptLookup().guess(10) == []
+    assert lookup.guess(10) == [4]
+    assert PromptLookup(range(MATCH)).guess(10) == PromptLookup([7]).guess(10) == PromptLookup().guess(10) == []
 
 
-def test_guesses_grow_while_they_are_right() -> None:
+def test_the_longest_match_counts_then_the_latest() -> None:
+    lookup = PromptLookup([9, 8, 1, 2, 3, 4, 5, 7, 1, 2, 3, 6, 6, 9, 8, 1, 2, 3])
+    assert lookup.guess(10) == [4, 5, 7]
+    lookup = PromptLookup([5, 1, 2, 3, 4, 6, 1, 2, 3, 7, 8, 1, 2, 3])
+    assert lookup.guess(10) == [7]
+
+
+def test_fewer_repeated_tokens_give_one_guess_if_that_is_enough() -> None:
+    lookup = PromptLookup([1, 2, 3, 4, 2])
+    assert lookup.guess(10) == [3]
+    assert lookup.guess(10, MATCH) == []
+    assert PromptLookup([7, 7]).guess(10) == [7]
+
+
+def test_guesses_of_a_loop_grow_to_the_longest() -> None:
     lookup = PromptLookup([1, 2, 3] * 20)
-    lengths = []
-    for _ in range(4):
-        lengths.append(len(lookup.guess(100)))
-        lookup.judged(lengths[-1], lengths[-1])
-    assert lengths == [4, 8, LONGEST, LONGEST]
-    lookup.judged(5, 0)
-    assert len(lookup.guess(100)) == 1
+    assert lookup.guess(100) == [1, 2, 3, 1, 2, 3, 1, 2, 3, 1][:LONGEST]
+    assert PromptLookup([1, 2, 3] * 2).guess(100) == [1]
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +154,7 @@ def test_what_a_draft_model_guesses_right_takes_fewer_steps(model: Model, monkey
         return forward(self, segments, **others)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Model, "forward", counted)
-    monkeypatch.setattr(PromptLookup, "guess", lambda self, limit: [])
+    monkeypatch.setattr(PromptLookup, "guess", lambda self, limit, least=1: [])
     prompt = PROMPTS[1]
     answer = generate(model, [prompt], SAMPLINGS[name], draft=twin)[0]
     assert len(steps) <= 1 + 1 + len(answer.tokens) // 4

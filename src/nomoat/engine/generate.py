@@ -14,7 +14,7 @@ import numpy as np
 from nomoat import _native
 from nomoat.engine.kv import Sequence
 from nomoat.engine.model import FORWARD_ROWS, Float32, Model
-from nomoat.engine.speculate import Draft, PromptLookup
+from nomoat.engine.speculate import MATCH, Draft, PromptLookup
 from nomoat.engine.stack import Stack
 from nomoat.errors import InputError, NonFiniteError
 from nomoat.text.stream import StreamDecoder
@@ -126,21 +126,24 @@ class _Answer:
         self.lookup = PromptLookup(self.prompt) if self.sampling.speculate else None
         if not self.sampling.speculate:
             self.draft = None
-        self.guesser: PromptLookup | Draft | None = None  # who made the latest guesses
+        self.drafted = False  # whether the draft model made the latest guesses
 
     def pending(self) -> list[int]:
         """Tokens that the model has not seen yet."""
         return (self.prompt + self.tokens)[len(self.sequence.tokens) :]
 
-    def guess(self, rows: int) -> list[int]:
-        """At most `rows` tokens that may follow, none that could not be part of the answer."""
+    def guess(self, rows: int, *, alone: bool) -> list[int]:
+        """At most `rows` tokens that may follow, none that could not be part of the answer.
+
+        An answer that is written `alone` has a second row almost for nothing, so that little has to speak for a guess.
+        """
+        self.drafted = False
         rows = min(rows, self.limit - len(self.tokens) - 1)
         if self.lookup is None or not self.tokens or rows <= 0:
             return []
-        self.guesser = self.lookup
-        guessed = self.lookup.guess(rows)
+        guessed = self.lookup.guess(rows, 1 if alone and self.draft is None else MATCH)
         if not guessed and self.draft is not None:  # what repeats costs nothing to guess, a model costs its steps
-            self.guesser = self.draft
+            self.drafted = True
             choose = functools.partial(choose_token, self.sampling)
             guessed = self.draft.guess(self.prompt, self.tokens, rows, choose)
         return guessed
@@ -153,8 +156,8 @@ class _Answer:
                 break
         if self.lookup is not None:
             self.lookup.extend(self.tokens[-right - 1 :])
-        if self.guesser is not None and guessed:
-            self.guesser.judged(len(guessed), right)
+        if self.draft is not None and self.drafted and guessed:
+            self.draft.judged(len(guessed), right)
 
     def take(self, logits: Float32) -> None:
         """Chooses the next token from a row of logits and decides whether the answer ends."""
@@ -255,7 +258,7 @@ def _step(model: Model, active: list[_Answer]) -> None:
     for answer in sorted(active, key=lambda a: len(a.pending())):
         tokens = answer.pending()[: max(budget, 0)]
         if tokens:
-            guessed = answer.guess(min(spare, budget - len(tokens)))
+            guessed = answer.guess(min(spare, budget - len(tokens)), alone=len(active) == 1)
             segments.append((answer, tokens, guessed))
             budget -= len(tokens) + len(guessed)
     # one adapter's rows side by side: its products are taken together

@@ -18,41 +18,52 @@ from nomoat.errors import ModelError, printable
 if TYPE_CHECKING:
     from nomoat.engine.model import Float32, Model
 
-#: Tokens that must repeat before a guess is made. Two match by chance too often: every wrong guess is a row for nothing.
+#: Repeated tokens from which on a place is compared with others, and from which on a guess pays where rows are dear.
 MATCH = 3
-#: Most tokens guessed at once. A decode step of one row waits for memory, and further rows cost about a quarter of it each.
-LONGEST = 12
+#: Latest places of MATCH tokens that are compared.
+PLACES = 8
+#: Most tokens guessed at once. A second row costs about an eighth of a step of one row, which waits for memory, further ones a
+#: quarter each.
+LONGEST = 10
 #: Most tokens guessed at once by a draft model, each of which is one of its steps.
 LONGEST_DRAFT = 8
 
 
 class PromptLookup:
-    """Guesses that a text goes on as it did the last time its latest `MATCH` tokens occurred (Saxena 2023, prompt lookup).
+    """Guesses that a text goes on as it did where its latest tokens occurred before (Saxena 2023, prompt lookup).
 
-    Nothing is guessed where nothing repeats. The length of guesses doubles while they are right and falls to what was right.
+    The place with the longest match counts, of equals the latest. Of k tokens that repeat, k - 2 more are guessed, at least one:
+    the longer a match, the surer. `docs/log.md`, 2026-11-28, has what else was tried.
     """
 
     def __init__(self, tokens: Iterable[int] = ()) -> None:
         self._tokens: list[int] = []
-        self._follows: dict[tuple[int, ...], int] = {}  # MATCH tokens -> index of the token that followed them last
-        self._length = 4
+        self._places: dict[tuple[int, ...], list[int]] = {}  # 1 to MATCH tokens -> where the tokens that followed them are
         self.extend(tokens)
 
     def extend(self, tokens: Iterable[int]) -> None:
         """Adds what was said."""
         for token in tokens:
-            if len(self._tokens) >= MATCH:
-                self._follows[tuple(self._tokens[-MATCH:])] = len(self._tokens)
+            for count in range(1, min(MATCH, len(self._tokens)) + 1):
+                self._places.setdefault(tuple(self._tokens[-count:]), []).append(len(self._tokens))
             self._tokens.append(token)
 
-    def guess(self, limit: int) -> list[int]:
-        """At most `limit` tokens that may come next. What repeats at the very end is taken to repeat further."""
-        at = self._follows.get(tuple(self._tokens[-MATCH:]))
-        return [] if at is None else list(itertools.islice(itertools.cycle(self._tokens[at:]), min(limit, self._length)))
+    def guess(self, limit: int, least: int = 1) -> list[int]:
+        """At most `limit` tokens that may come next, after at least `least` that repeat.
 
-    def judged(self, guessed: int, right: int) -> None:
-        """Takes note of how many of the tokens guessed last were right."""
-        self._length = min(2 * self._length, LONGEST) if right == guessed else max(1, right)
+        What repeats at the very end is taken to repeat further.
+        """
+        for count in range(min(MATCH, len(self._tokens)), least - 1, -1):
+            places = self._places.get(tuple(self._tokens[-count:]))
+            if places:
+                matched, at = max((self._matched(at), at) for at in places[-PLACES:])
+                return list(itertools.islice(itertools.cycle(self._tokens[at:]), min(limit, max(1, matched - 2))))
+        return []
+
+    def _matched(self, at: int) -> int:
+        """Tokens before `at` that are those at the end, as far as it matters."""
+        most = min(LONGEST + 2, at)
+        return next((k for k in range(most) if self._tokens[at - 1 - k] != self._tokens[-1 - k]), most)
 
 
 class Draft:
