@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from engine_side import adapter_of
-from nomoat.engine.speculate import LONGEST, MATCH, PromptLookup
+from nomoat.engine.speculate import LONGEST, MATCH, PLACES, PromptLookup
 from reference import random_lora
 from tiny import tiny_llama
 
@@ -100,8 +100,6 @@ def test_what_followed_last_time_is_guessed() -> None:
     assert lookup.guess(2) == [6, 1]
     lookup.extend([9])
     assert lookup.guess(10) == []
-    lookup.extend([1, 2, 3])
-    assert lookup.guess(10) == [4]
     assert PromptLookup(range(MATCH)).guess(10) == PromptLookup([7]).guess(10) == PromptLookup().guess(10) == []
 
 
@@ -123,6 +121,28 @@ def test_guesses_of_a_loop_grow_to_the_longest() -> None:
     lookup = PromptLookup([1, 2, 3] * 20)
     assert lookup.guess(100) == [1, 2, 3, 1, 2, 3, 1, 2, 3, 1][:LONGEST]
     assert PromptLookup([1, 2, 3] * 2).guess(100) == [1]
+
+
+def test_the_latest_places_are_compared() -> None:
+    said = [6, 1, 2, 3, 4, 5]
+    for other in range(10, 10 + PLACES - 1):
+        said += [other, 1, 2, 3, 7]
+    assert PromptLookup([*said, 6, 1, 2, 3]).guess(10) == [4, 5]
+    assert PromptLookup([*said, 99, 1, 2, 3, 7, 6, 1, 2, 3]).guess(10) == [7]  # the one place too many
+
+
+def test_a_single_repeated_token_is_enough_for_an_answer_alone(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: set[int] = set()
+
+    def guess(self: PromptLookup, limit: int, least: int = 1) -> list[int]:
+        asked.add(least)
+        return []
+
+    monkeypatch.setattr(PromptLookup, "guess", guess)
+    for prompts, draft, least in ((PROMPTS[:1], None, 1), (PROMPTS[:2], None, MATCH), (PROMPTS[:1], model, MATCH)):
+        asked.clear()
+        generate(model, prompts, Sampling(max_tokens=5), draft=draft)
+        assert asked == {least}
 
 
 @pytest.fixture(scope="module")

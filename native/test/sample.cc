@@ -57,6 +57,23 @@ TEST("sample: temperature 0 takes the largest logit, the first of equals") {
   CHECK(draw({-5}, o) == 0, "one token");
 }
 
+TEST("sample: temperature 0 finds the largest, or what is none, at every place of every number of logits") {
+  Sampling o = kPlain;
+  o.temperature = 0;
+  for (size_t n : {1, 15, 16, 17, 40}) {
+    CHECK(draw(Floats(n, -INFINITY), o) == 0, "%zu logits, all -infinity", n);
+    for (size_t at = 0; at < n; at++) {
+      Floats logits(n, -1.0f);
+      logits[at] = logits[n - 1] = 2;
+      CHECK(draw(logits, o) == int(at), "%zu logits: token %d, not %zu", n, draw(logits, o), at);
+      for (float bad : {NAN, INFINITY}) {
+        logits[at] = bad;
+        CHECK(draw(logits, o) == int(at), "%zu logits: token %d, not %zu, which is %g", n, draw(logits, o), at, double(bad));
+      }
+    }
+  }
+}
+
 TEST("sample: draws follow the distribution at every temperature") {
   for (float temperature : {0.25f, 1.0f, 3.0f}) {
     Sampling o = kPlain;

@@ -123,7 +123,7 @@ class _Answer:
             )
         self.limit = min(self.sampling.max_tokens, room)
         self.decoder = StreamDecoder(self.model.tokenizer, continues=self.sampling.continues)
-        self.lookup = PromptLookup(self.prompt) if self.sampling.speculate else None
+        self.lookup: PromptLookup | None = None  # made when there is room for a first guess
         if not self.sampling.speculate:
             self.draft = None
         self.drafted = False  # whether the draft model made the latest guesses
@@ -135,13 +135,17 @@ class _Answer:
     def guess(self, rows: int, *, alone: bool) -> list[int]:
         """At most `rows` tokens that may follow, none that could not be part of the answer.
 
-        An answer that is written `alone` has a second row almost for nothing, so that little has to speak for a guess.
+        An answer that is written `alone` has a second row almost for nothing, so that little has to speak for a guess; not
+        where the row may need experts of its own.
         """
         self.drafted = False
         rows = min(rows, self.limit - len(self.tokens) - 1)
-        if self.lookup is None or not self.tokens or rows <= 0:
+        if not self.sampling.speculate or not self.tokens or rows <= 0:
             return []
-        guessed = self.lookup.guess(rows, 1 if alone and self.draft is None else MATCH)
+        if self.lookup is None:
+            self.lookup = PromptLookup(self.prompt + self.tokens)
+        cheap = alone and self.draft is None and not self.model.spec.experts_used
+        guessed = self.lookup.guess(rows, 1 if cheap else MATCH)
         if not guessed and self.draft is not None:  # what repeats costs nothing to guess, a model costs its steps
             self.drafted = True
             choose = functools.partial(choose_token, self.sampling)
@@ -197,8 +201,9 @@ class _Answer:
         return piece
 
     def release(self) -> None:
-        """Gives the cache pages back."""
+        """Gives the cache pages back, and what guesses were made from."""
         self.model.pool().cut(self.sequence, 0)
+        self.lookup = None
         if self.draft is not None:
             self.draft.release()
 
