@@ -65,7 +65,7 @@ int sample(const float* logits, int vocab, const Sampling& o, const int32_t* rec
     }
   }
   if (o.temperature <= 0) return std::min_element(all.begin(), all.end(), before)->token;
-  const float top = std::min_element(all.begin(), all.end(), before)->logit;
+  const float top = penalized ? std::min_element(all.begin(), all.end(), before)->logit : highest;
   if (o.top_k > 0 && size_t(o.top_k) < all.size()) {
     std::nth_element(all.begin(), all.begin() + o.top_k, all.end(), before);
     all.resize(size_t(o.top_k));
