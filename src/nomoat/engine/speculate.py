@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 MATCH = 3
 #: Latest places of MATCH tokens that are compared.
 PLACES = 8
+#: So many tokens fewer are guessed than repeat.
+MARGIN = 2
 #: Most tokens guessed at once. On two cores of Zen 3 two rows of SmolLM2-135M cost 1.1 steps of one row, which waits for memory,
 #: four 1.7, eight 2.8.
 LONGEST = 10
@@ -32,8 +34,8 @@ LONGEST_DRAFT = 8
 class PromptLookup:
     """Guesses that a text goes on as it did where its latest tokens occurred before (Saxena 2023, prompt lookup).
 
-    The place with the longest match counts, of equals the latest. Of k tokens that repeat, k - 2 more are guessed, at least one:
-    the longer a match, the surer. `docs/log.md`, 2026-11-28, has what else was tried.
+    The place with the longest match counts, of equals the latest. Of k tokens that repeat, k - MARGIN more are guessed, at least
+    one: the longer a match, the surer. `docs/log.md`, 2026-11-28, has what else was tried.
     """
 
     def __init__(self, tokens: Iterable[int] = ()) -> None:
@@ -62,7 +64,7 @@ class PromptLookup:
         places = self._places.get(tuple(self._tokens[-MATCH:]))
         if places:
             matched, at = max((self._matched(at), at) for at in places)
-            return list(itertools.islice(itertools.cycle(self._tokens[at:]), min(limit, max(1, matched - 2))))
+            return list(itertools.islice(itertools.cycle(self._tokens[at:]), min(limit, max(1, matched - MARGIN))))
         for count in range(min(MATCH - 1, len(self._tokens)), least - 1, -1):
             follower = self._latest.get(tuple(self._tokens[-count:]))
             if follower is not None:
@@ -71,7 +73,7 @@ class PromptLookup:
 
     def _matched(self, at: int) -> int:
         """Tokens before `at` that are those at the end, as far as it matters."""
-        most = min(LONGEST + 2, at)
+        most = min(LONGEST + MARGIN, at)
         return next((k for k in range(most) if self._tokens[at - 1 - k] != self._tokens[-1 - k]), most)
 
 
