@@ -54,22 +54,22 @@ inline void exact_dots(const uint8_t* plane, int first, const int8_t* const (&x)
 }
 
 // Few rows wait for memory, and the hardware's prefetcher starts anew at every 4 KB page. Planes, scales and the strips, of this
-// matrix and of the next, lie one behind the other: with each tile, as many bytes as it has are asked for this far ahead.
-// 8 to 32 KB are alike for matrices of 576 columns; 16 KB are too few for 4,096.
-constexpr int kAhead = 32 << 10;
+// matrix and of the next, lie one behind the other: with each tile, as many bytes as it has are asked for kAhead further on.
 
 // M rows x L times W lanes from `first` on. Integer dots are exact; each lane adds its 32-column blocks in order. `fetched`:
 // bytes to fetch ahead with each tile.
 template <class V, class Q, int M, int D, int L>
-inline void i8_tile(const uint8_t* planes, const uint8_t* scales, int fetched, int first, int tiles, const int8_t* q,
-                    const ActBlock* blocks, float* y, int ldy, bool add) {
+inline void i8_tile(const uint8_t* planes, const uint8_t* scales, int fetched, const ReadOn& then, int first, int tiles,
+                    const int8_t* q, const ActBlock* blocks, float* y, int ldy, bool add) {
   using F = typename V::F;
   F acc[L][M];
   for (int l = 0; l < L; l++)
     for (int m = 0; m < M; m++) acc[l][m] = V::zero();
   for (int t = 0; t < tiles; t++) {
     const uint8_t* plane = planes + size_t(t) * Q::plane_bytes;
-    for (int line = 0; line < fetched; line += 64) __builtin_prefetch(planes + size_t(t) * fetched + kAhead + line, 0, 2);
+    const uint8_t* ahead = planes + size_t(t) * fetched + kAhead;
+    if (then.next && ahead >= then.end) ahead = then.next + (ahead - then.end);
+    for (int line = 0; line < fetched; line += 64) __builtin_prefetch(ahead + line, 0, 2);
     const int8_t* x[M];
     const ActBlock* block[M];
     for (int m = 0; m < M; m++) {
@@ -105,12 +105,13 @@ inline void i8_tile(const uint8_t* planes, const uint8_t* scales, int fetched, i
 // Many rows: one vector of lanes at a time; two where there is one digit, and so half the accumulators. One or two rows: all
 // lanes at once, so that the weights are read in one go.
 template <class V, class Q, int D>
-inline void i8_strip(const Matrix& w, int strip, const int8_t* q, const ActBlock* blocks, int rows, float* y, int ldy, bool add) {
+inline void i8_strip(const Matrix& w, int strip, const ReadOn& then, const int8_t* q, const ActBlock* blocks, int rows, float* y,
+                     int ldy, bool add) {
   constexpr int L = D == 1 && kStripRows > V::W ? 2 : 1;
   const uint8_t *planes = w.strip(strip), *scales = planes + w.plane_section;
   const int tiles = w.tiles(), tile_bytes = int(w.strip_bytes) / tiles;
   auto run = [&]<int M, int Lanes>(int m, int lane) {
-    i8_tile<V, Q, M, D, Lanes>(planes, scales, m == 0 && lane == 0 ? tile_bytes : 0, lane, tiles,
+    i8_tile<V, Q, M, D, Lanes>(planes, scales, m == 0 && lane == 0 ? tile_bytes : 0, then, lane, tiles,
                                q + size_t(m) * tiles * kTileCols * code_bytes(D), blocks + size_t(m) * tiles,
                                y + size_t(m) * ldy + strip * kStripRows, ldy, add);
   };
@@ -123,8 +124,8 @@ inline void i8_strip(const Matrix& w, int strip, const int8_t* q, const ActBlock
 }
 
 template <class V>
-void gemm_i8(const Matrix& w, int first, int last, int digits, const int8_t* q, const ActBlock* blocks, int rows, float* y,
-             int ldy, bool add) {
+void gemm_i8(const Matrix& w, int first, int last, const ReadOn& then, int digits, const int8_t* q, const ActBlock* blocks,
+             int rows, float* y, int ldy, bool add) {
   constexpr int kRowBlock = 128;  // whose activations stay in a second-level cache of 512 KB
   with_format(w.format, [&](auto format) {
     using Q = decltype(format);
@@ -132,7 +133,7 @@ void gemm_i8(const Matrix& w, int first, int last, int digits, const int8_t* q, 
       auto run = [&]<int D>() {
         for (int m = 0; m < rows; m += kRowBlock)
           for (int s = first; s < last; s++)
-            i8_strip<V, Q, D>(w, s, q + size_t(m) * w.tiles() * kTileCols * code_bytes(D), blocks + size_t(m) * w.tiles(),
+            i8_strip<V, Q, D>(w, s, then, q + size_t(m) * w.tiles() * kTileCols * code_bytes(D), blocks + size_t(m) * w.tiles(),
                               rows - m < kRowBlock ? rows - m : kRowBlock, y + size_t(m) * ldy, ldy, add);
       };
       if (digits == 1) run.template operator()<1>();

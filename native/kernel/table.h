@@ -18,6 +18,13 @@ constexpr int kPanelCols = 48;
 constexpr int kWords = 16;
 // Bytes of an activation's code.
 constexpr int code_bytes(int digits) { return digits == 1 ? 1 : 2; }
+// Bytes ahead of those it uses that a product of few rows fetches weights: 8 to 32 KB are alike for matrices of 576 columns;
+// 16 KB are too few for 4,096.
+constexpr int kAhead = 32 << 10;
+// Where a thread reads on, at `next`, once it has read weights up to `end`; null: behind them.
+struct ReadOn {
+  const uint8_t *end = nullptr, *next = nullptr;
+};
 // Tokens of one page of the key/value cache.
 constexpr int kPageTokens = 64;
 
@@ -92,8 +99,8 @@ struct Kernels {
   // -- products with packed weights -------------------------------------------------------------------------------
   // y[m, 16s + r] (+)= sum_k W[16s + r, k] x[m, k] for strips s of [first, last), integer formats, activations of
   // one or two int8 digits, or kWords. A block of 32 activations is 32 high digits, then 32 low ones if there are two.
-  void (*gemm_i8)(const Matrix& w, int first, int last, int digits, const int8_t* q, const ActBlock* blocks, int rows, float* y,
-                  int ldy, bool add);
+  void (*gemm_i8)(const Matrix& w, int first, int last, const ReadOn& then, int digits, const int8_t* q, const ActBlock* blocks,
+                  int rows, float* y, int ldy, bool add);
   // the same in float32: the product for F32, F16 and BF16 weights
   void (*gemm_float)(const Matrix& w, int first, int last, const float* x, int ldx, int rows, float* y, int ldy, bool add);
   // panel[p][c] = W[column + c, from + p], or W[from + p, column + c] when `backward`; c < 48, p < count (a multiple of 16).

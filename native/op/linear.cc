@@ -126,27 +126,93 @@ Activations input_of(const LinearJob& job, Activations x) {
   return x;
 }
 
-void linear_int8(const Activations& x, const LinearJob* jobs, int count) {
-  int strips = 0;
-  for (int j = 0; j < count; j++) strips += jobs[j].w->strips();
-  const int tasks = strips < 8 * threads() ? strips : 8 * threads();
-  parallel_for(tasks, [&](int task, int) {
-    int first = int(int64_t(strips) * task / tasks), last = int(int64_t(strips) * (task + 1) / tasks);
+// The strips of matrices that share their input, in tasks, of which each thread has a share that lies together.
+struct Strips {
+  int count, shares = threads(), tasks = std::min(count, 8 * shares);
+
+  explicit Strips(int all) : count(all) {}
+  // The first strip of a task, and of a share.
+  int of_task(int task) const { return int(int64_t(count) * task / tasks); }
+  int of_share(int share) const { return of_task(tasks * share / shares); }
+
+  int share_of(int task) const {
+    int share = 0;
+    while (task >= tasks * (share + 1) / shares) share++;
+    return share;
+  }
+};
+
+// The matrices whose product comes after that of `job`, where no router decides that. After the head: those of the next token.
+struct Next {
+  std::array<const Matrix*, 3> w{};
+
+  Next(const Engine& engine, int layer, const LinearJob& job) {
+    if (job.target == kTargets && job.w != &engine.head) return;  // a router, or a matrix of no model
+    const Layer& own = engine.layers[size_t(layer)];
+    if (own.experts && job.target != kQ) return;
+    switch (job.target) {
+      case kQ:
+        w = {&own.w[kO]};
+        break;
+      case kO:
+        w = {engine.dims.gated ? &own.w[kGate] : nullptr, &own.w[kUp]};
+        break;
+      case kGate:
+      case kUp:
+        w = {&own.w[kDown]};
+        break;
+      default:
+        if (job.target == kDown && layer + 1 == engine.dims.layers) {
+          w = {&engine.head};
+        } else {
+          const Layer& after = engine.layers[job.target == kDown ? size_t(layer) + 1 : 0];
+          w = {&after.w[kQ], &after.w[kK], &after.w[kV]};
+        }
+    }
+  }
+
+  // Where a share of them begins; null where they are not known.
+  const uint8_t* begin(int share) const {
+    int all = 0;
+    for (const Matrix* m : w) all += m ? m->strips() : 0;
+    int first = all ? Strips(all).of_share(share) : 0;
+    for (const Matrix* m : w) {
+      if (m && first < m->strips()) return m->strip(first);
+      if (m) first -= m->strips();
+    }
+    return nullptr;
+  }
+};
+
+void linear_int8(const Engine& engine, int layer, const Activations& x, const LinearJob* jobs, int count) {
+  int all = 0;
+  for (int j = 0; j < count; j++) all += jobs[j].w->strips();
+  const Strips strips(all);
+  const Next next(engine, layer, jobs[0]);
+  std::vector<const uint8_t*> waiting(static_cast<size_t>(strips.shares));  // behind what the product itself fetches ahead
+  for (int i = 0; i < strips.shares; i++)
+    if (const uint8_t* begin = next.begin(i)) waiting[size_t(i)] = begin + kAhead;
+  auto run = [&](int task, int) {
+    const int share = strips.share_of(task);
+    int first = strips.of_task(task), last = strips.of_task(task + 1), furthest = strips.of_share(share + 1);
     for (int j = 0; j < count && first < last; j++) {
       const LinearJob& job = jobs[j];
       const int own = job.w->strips(), begin = first < 0 ? 0 : first, end = last < own ? last : own;
       if (begin < end) {
         const Activations in = input_of(job, x);
+        const ReadOn then{job.w->strip(std::min(furthest, own)), furthest > own ? jobs[j + 1].w->data : next.begin(share)};
         if (job.w->floating())
           kernels().gemm_float(*job.w, begin, end, in.f32, in.cols, in.rows, job.y, job.ldy, job.add);
         else
-          kernels().gemm_i8(*job.w, begin, end, in.digits, in.q, in.blocks, in.rows, job.y, job.ldy, job.add);
+          kernels().gemm_i8(*job.w, begin, end, then, in.digits, in.q, in.blocks, in.rows, job.y, job.ldy, job.add);
         if (end == own && !job.add) clear_padding(job.y, in.rows, own * kStripRows, job.ldy);
       }
       first = first - own < 0 ? 0 : first - own;
       last -= own;
+      furthest -= own;
     }
-  });
+  };
+  parallel_for(strips.tasks, run, waiting);
 }
 
 void adapters_int8(Engine& engine, const Activations& x, const LinearJob* jobs, int count, const Batch& batch, int layer) {
@@ -208,7 +274,7 @@ void linear_panels(Engine& engine, const Activations& x, const LinearJob* jobs, 
       own.data = own.strip(column / kStripRows);
       own.rows = std::min(kPanelCols, job.w->rows - column);
       if (own.strips() * kStripRows < kPanelCols) std::fill_n(c, size_t(in.rows) * kPanelCols, 0.0f);
-      kernels().gemm_i8(own, 0, own.strips(), in.digits, in.q, in.blocks, in.rows, c, kPanelCols, false);
+      kernels().gemm_i8(own, 0, own.strips(), {}, in.digits, in.q, in.blocks, in.rows, c, kPanelCols, false);
     } else {
       for (int from = 0; from < depth; from += kPanelDepth) {
         const int steps = depth - from < kPanelDepth ? depth - from : kPanelDepth;
@@ -379,7 +445,7 @@ void linear(Engine& engine, const Activations& x, const LinearJob* jobs, int cou
   if (x.mode == Mode::int8) {
     {
       const Timed timed(stage_of(jobs[0].target).forward);
-      linear_int8(x, jobs, count);
+      linear_int8(engine, layer, x, jobs, count);
     }
     const Timed timed("adapters");
     adapters_int8(engine, x, jobs, count, batch, layer);

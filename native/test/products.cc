@@ -64,7 +64,7 @@ Floats multiply(const Kernels& k, const Weights& w, const Inputs& in, int first_
   if (is_float(w.format))
     k.gemm_float(w.matrix, 0, w.matrix.strips(), &in.x[from], in.ld, rows, y.data(), ld, false);
   else
-    k.gemm_i8(w.matrix, 0, w.matrix.strips(), in.digits, &in.q[from * size_t(in.digits)], &in.blocks[from / kTileCols], rows,
+    k.gemm_i8(w.matrix, 0, w.matrix.strips(), {}, in.digits, &in.q[from * size_t(in.digits)], &in.blocks[from / kTileCols], rows,
               y.data(), ld, false);
   return y;
 }
@@ -103,7 +103,7 @@ Floats multiply_words(const Kernels& k, const Weights& w, const Inputs& in) {
     k.quantize(&in.x[at], in.ld, kWords, codes + 2 * at, &blocks[at / kTileCols]);
   const int ld = w.matrix.strips() * kStripRows;
   Floats y(size_t(in.rows) * size_t(ld), 99.0f);
-  k.gemm_i8(w.matrix, 0, w.matrix.strips(), kWords, codes, blocks.data(), in.rows, y.data(), ld, false);
+  k.gemm_i8(w.matrix, 0, w.matrix.strips(), {}, kWords, codes, blocks.data(), in.rows, y.data(), ld, false);
   return y;
 }
 
@@ -153,7 +153,7 @@ TEST("products: strips outside the range stay, and `add` adds") {
       if (is_float(format))
         k.gemm_float(w.matrix, 1, 3, in.x.data(), in.ld, 3, y.data(), ld, true);
       else
-        k.gemm_i8(w.matrix, 1, 3, in.digits, in.q.data(), in.blocks.data(), 3, y.data(), ld, true);
+        k.gemm_i8(w.matrix, 1, 3, {}, in.digits, in.q.data(), in.blocks.data(), 3, y.data(), ld, true);
       for (size_t i = 0; i < y.size(); i++) {
         const int strip = int(i) % ld / kStripRows;
         const float expected = strip == 1 || strip == 2 ? 0.5f + whole[i] : 0.5f;

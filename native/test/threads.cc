@@ -49,6 +49,17 @@ TEST("threads: one region after the other, with pauses longer than workers spin"
   for (int task = 0; task < 16; task++) CHECK(sums[size_t(task)] == 300 * task, "task %d: %d", task, sums[size_t(task)]);
 }
 
+TEST("threads: what is read next is a hint: any address will do, and tasks run as without") {
+  const std::vector<uint8_t> weights(1 << 20);
+  const std::vector<const uint8_t*> next = {weights.data(), nullptr, weights.data() + weights.size() - 1};
+  for (int count : kCounts) {
+    const Threads set(count);
+    std::vector<std::atomic<int>> runs(40);
+    for (int round = 0; round < 50; round++) parallel_for(40, [&](int task, int) { runs[size_t(task)]++; }, next);
+    for (int task = 0; task < 40; task++) CHECK(runs[size_t(task)] == 50, "task %d ran %d times", task, int(runs[size_t(task)]));
+  }
+}
+
 TEST("threads: a task's exception is rethrown and the pool goes on") {
   for (int count : kCounts) {
     const Threads set(count);
