@@ -74,10 +74,11 @@ struct Pool {
     context = argument;
     failure = nullptr;
     done.store(0, std::memory_order_relaxed);
-    const uint64_t parts = shares.size();
-    for (size_t i = 0; i < parts && i < next.size(); i++) shares[i].next.store(next[i], std::memory_order_relaxed);
-    for (uint64_t i = 0; i < parts; i++)
-      shares[i].claims.store((uint64_t(count) * (i + 1) / parts) << 32 | uint64_t(count) * i / parts, std::memory_order_release);
+    const int parts = int(shares.size());
+    for (size_t i = 0; i < shares.size() && i < next.size(); i++) shares[i].next.store(next[i], std::memory_order_relaxed);
+    for (int i = 0; i < parts; i++)
+      shares[size_t(i)].claims.store(uint64_t(share_begin(count, i + 1, parts)) << 32 | uint64_t(share_begin(count, i, parts)),
+                                     std::memory_order_release);
     {
       std::lock_guard<std::mutex> lock(mutex);
       generation.fetch_add(1, std::memory_order_release);

@@ -12,6 +12,9 @@ namespace nomoat {
 void set_threads(int count);
 int threads();
 
+// The first task of a thread's own share of a region, out of `shares`, one a thread; the share after the last begins at `tasks`.
+constexpr int share_begin(int tasks, int share, int shares) { return int(int64_t(tasks) * share / shares); }
+
 namespace detail {
 void run(int tasks, void (*call)(void* context, int task, int thread), void* context, std::span<const uint8_t* const> next);
 }

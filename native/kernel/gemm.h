@@ -55,7 +55,7 @@ inline void exact_dots(const uint8_t* plane, int first, const int8_t* const (&x)
 
 // Few rows wait for memory, and the hardware's prefetcher starts anew at every 4 KB page. Planes, scales and the strips, of this
 // matrix and of the next, lie one behind the other: with each tile, as many bytes as it has are asked for kAhead further on.
-
+//
 // M rows x L times W lanes from `first` on. Integer dots are exact; each lane adds its 32-column blocks in order. `fetched`:
 // bytes to fetch ahead with each tile.
 template <class V, class Q, int M, int D, int L>

@@ -126,18 +126,18 @@ Activations input_of(const LinearJob& job, Activations x) {
   return x;
 }
 
-// The strips of matrices that share their input, in tasks, of which each thread has a share that lies together.
+// The strips of matrices that share their input, in tasks.
 struct Strips {
   int count, shares = threads(), tasks = std::min(count, 8 * shares);
 
   explicit Strips(int all) : count(all) {}
   // The first strip of a task, and of a share.
   int of_task(int task) const { return int(int64_t(count) * task / tasks); }
-  int of_share(int share) const { return of_task(tasks * share / shares); }
+  int of_share(int share) const { return of_task(share_begin(tasks, share, shares)); }
 
   int share_of(int task) const {
     int share = 0;
-    while (task >= tasks * (share + 1) / shares) share++;
+    while (task >= share_begin(tasks, share + 1, shares)) share++;
     return share;
   }
 };
