@@ -150,6 +150,10 @@ struct AttendRows {
     for (int key = from; key < to; key += 16) {
       const T* page = reinterpret_cast<const T*>(a.k[key / kPageTokens]);
       for (int r = 0; r < R; r++) block[r] = scores[r] + key;
+      if (virtual_row == 0) {  // the same keys' values, which come next, are on their way meanwhile
+        const uint8_t* value = a.v[key / kPageTokens] + size_t(key % kPageTokens * a.dim) * sizeof(T);
+        for (size_t line = 0; line < size_t(16 * a.dim) * sizeof(T); line += 64) __builtin_prefetch(value + line, 0, 2);
+      }
       score_block<V, T, R>(q, page + size_t(key % kPageTokens / 16) * 16 * a.dim, a.dim, block);
       if constexpr (sizeof(T) == 1)
         for (int r = 0; r < R; r++) scale_keys<V>(a.k, key, a.dim, block[r]);

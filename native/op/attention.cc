@@ -34,15 +34,18 @@ struct Heads {
 };
 
 // One head: from[head_dim] -> to[head_stride], rotated by `sign` times its position's angles and multiplied by `factor`.
-void rotate(const Heads& h, const float* from, int position, float sign, float factor, float* to) {
+void rotate(const Heads& h, const float* __restrict from, int position, float sign, float factor, float* __restrict to) {
   const int half = h.rope.pairs();
-  const float* table = h.angles + size_t(position) * half * 2;
-  for (int i = 0; i < half; i++) {
-    const int a = h.rope.interleaved ? 2 * i : i, b = h.rope.interleaved ? 2 * i + 1 : i + half;
-    const float c = table[2 * i], s = sign * table[2 * i + 1], x = from[a], y = from[b];
+  const float *cosines = h.angles + size_t(position) * half * 2, *sines = cosines + half;
+  auto turn = [&](int i, int a, int b) {
+    const float c = cosines[i], s = sign * sines[i], x = from[a], y = from[b];
     to[a] = (x * c - y * s) * factor;
     to[b] = (x * s + y * c) * factor;
-  }
+  };
+  if (h.rope.interleaved)
+    for (int i = 0; i < half; i++) turn(i, 2 * i, 2 * i + 1);
+  else
+    for (int i = 0; i < half; i++) turn(i, i, i + half);
   for (int i = 2 * half; i < h.dims.head_dim; i++) to[i] = from[i] * factor;
 }
 
@@ -134,22 +137,23 @@ void write_value(const KvCache& cache, const float* value, int dim, uint8_t* pag
 void place(Engine& engine, const Batch& batch, const KvCache& cache, int cache_layer, const Heads& h) {
   const int dim = h.dims.head_dim, stride = h.dims.head_stride();
   float *q = engine.attn_q.data<float>(), *k = engine.attn_k.data<float>(), *v = engine.attn_v.data<float>();
-  for (const Segment& s : batch.segments)
-    for_rows(s.count, 16, [&](int first, int last) {
-      std::vector<float> spare;
-      for (int i = first; i < last; i++) {
-        const size_t m = size_t(s.row + i);
-        const int position = s.position + i, page = s.pages[position / kPageTokens], slot = position % kPageTokens;
-        turn_row(h, position, engine.q.data<float>() + m * h.q, engine.k.data<float>() + m * h.kv, q + m * h.heads_q,
-                 k + m * h.heads_kv, spare);
-        for (int head = 0; head < h.own.kv_heads; head++) {
-          float *key = k + m * h.heads_kv + head * stride, *value = v + m * h.heads_kv + head * stride;
-          std::memcpy(value, engine.v.data<float>() + m * h.kv + head * dim, size_t(dim) * sizeof(float));
-          write_key(cache, key, stride, cache.keys(page, cache_layer, head), slot);
-          write_value(cache, value, stride, cache.values(page, cache_layer, head), slot);
-        }
-      }
-    });
+  auto place_row = [&](const Segment& s, int row, std::vector<float>& spare) {
+    const size_t m = size_t(row);
+    const int position = s.position + row - s.row, page = s.pages[position / kPageTokens], slot = position % kPageTokens;
+    turn_row(h, position, engine.q.data<float>() + m * h.q, engine.k.data<float>() + m * h.kv, q + m * h.heads_q,
+             k + m * h.heads_kv, spare);
+    for (int head = 0; head < h.own.kv_heads; head++) {
+      float *key = k + m * h.heads_kv + head * stride, *value = v + m * h.heads_kv + head * stride;
+      std::memcpy(value, engine.v.data<float>() + m * h.kv + head * dim, size_t(dim) * sizeof(float));
+      write_key(cache, key, stride, cache.keys(page, cache_layer, head), slot);
+      write_value(cache, value, stride, cache.values(page, cache_layer, head), slot);
+    }
+  };
+  for_rows(batch.rows, 8, [&](int first, int last) {
+    std::vector<float> spare;
+    for (const Segment& s : batch.segments)
+      for (int row = std::max(first, s.row); row < std::min(last, s.row + s.count); row++) place_row(s, row, spare);
+  });
   // Whole pages of a shared prefix are shared; each segment has a copy of what the prefix puts into its first own page.
   for (size_t i = 1; batch.prefix && i < batch.segments.size(); i++)
     for (int position = batch.prefix / kPageTokens * kPageTokens; position < batch.prefix; position++)

@@ -151,7 +151,7 @@ struct Rope {
   std::vector<float> inv_freq;
 
   int pairs() const { return int(inv_freq.size()); }
-  // cos, sin of positions [0, n), grown on demand: [n][pairs][2]
+  // cosines, then sines of positions [0, n), grown on demand: [n][2][pairs]
   const float* table(int positions);
 
  private:

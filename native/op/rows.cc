@@ -27,8 +27,9 @@ const float* Rope::table(int positions) {
     for (; known < wanted; known++)
       for (int i = 0; i < half; i++) {
         const double angle = double(known) * double(inv_freq[i]);
-        table_[(size_t(known) * half + i) * 2] = float(std::cos(angle)) * magnitude;
-        table_[(size_t(known) * half + i) * 2 + 1] = float(std::sin(angle)) * magnitude;
+        float* row = &table_[size_t(known) * half * 2];
+        row[i] = float(std::cos(angle)) * magnitude;
+        row[half + i] = float(std::sin(angle)) * magnitude;
       }
   }
   return table_.data();
