@@ -3,12 +3,21 @@
 #include <optional>
 
 #include "bind/bind.h"
+#include "quant/half.h"
 
 namespace {
 
 struct PyLora {
   explicit PyLora(int layers) : set(size_t(layers)) {}
+
+  const bf16* rounded(const ConstFloats& x) {
+    std::vector<bf16>& to = copies.emplace_back(x.size());
+    for (size_t i = 0; i < x.size(); i++) to[i] = float_to_bf16(x.data()[i]);
+    return to.data();
+  }
+
   LoraSet set;
+  std::vector<std::vector<bf16>> copies;  // what a_low and bt_low point to
 };
 
 struct PyBatch {
@@ -176,6 +185,8 @@ void set_lora(PyLora& lora, int layer, int target, const ConstFloats& a, const C
             "gradients must have the columns of A and B^T");
     l.trained = l.rank - int(da->shape(0));
     l.da = da->data(), l.dbt = dbt->data();
+  } else {
+    l.a_low = lora.rounded(a), l.bt_low = lora.rounded(bt);
   }
   lora.set[size_t(layer)][size_t(target)] = l;
 }

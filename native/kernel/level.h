@@ -25,8 +25,10 @@ constexpr Kernels make_kernels(Level level) {
   k.gemm_bf16 = gemm_bf16<V>;
   k.gemm_f32 = gemm_f32<V>;
   k.read_row = read_row<V>;
-  k.lora_shrink = lora_shrink<V>;
-  k.lora_expand = lora_expand<V>;
+  k.lora_shrink_bf16 = lora_shrink<V, bf16>;
+  k.lora_shrink_f32 = lora_shrink<V, float>;
+  k.lora_expand_bf16 = lora_expand<V, bf16>;
+  k.lora_expand_f32 = lora_expand<V, float>;
   k.outer_bf16 = outer_bf16<V>;
   k.outer_f32 = outer_f32<V>;
   k.quantize = quantize<V>;

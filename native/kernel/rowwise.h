@@ -4,9 +4,22 @@
 
 #include "kernel/table.h"
 #include "kernel/vexp.h"
+#include "quant/half.h"
 
 namespace nomoat {
 namespace {
+
+template <class V>
+inline typename V::F load_as_float(const bf16* x) {
+  return V::from_bf16(x);
+}
+template <class V>
+inline typename V::F load_as_float(const float* x) {
+  return V::load(x);
+}
+
+inline float as_float(bf16 x) { return bf16_to_float(x); }
+inline float as_float(float x) { return x; }
 
 // sixteen lanes as 16 / W vectors
 template <class V>
@@ -19,8 +32,9 @@ struct Sixteen {
     for (int i = 0; i < N; i++) s.at[i] = V::zero();
     return s;
   }
-  void add_product(const float* x, const float* y) {
-    for (int i = 0; i < N; i++) at[i] = V::fma(V::load(x + i * V::W), V::load(y + i * V::W), at[i]);
+  template <class T>
+  void add_product(const float* x, const T* y) {
+    for (int i = 0; i < N; i++) at[i] = V::fma(V::load(x + i * V::W), load_as_float<V>(y + i * V::W), at[i]);
   }
   float total() const {
     alignas(64) float lanes[16];
@@ -31,8 +45,8 @@ struct Sixteen {
   }
 };
 
-template <class V>
-inline float dot(const float* x, const float* y, int count) {
+template <class V, class T>
+inline float dot(const float* x, const T* y, int count) {
   Sixteen<V> sum = Sixteen<V>::zero();
   for (int i = 0; i < count; i += 16) sum.add_product(x + i, y + i);
   return sum.total();
@@ -241,39 +255,38 @@ void softmax_f32(const float* x, float lse, float factor, int count, float* out)
 
 // ---- adapters -----------------------------------------------------------------------------------------------------------
 
-template <class V>
-void lora_shrink(const float* x, const float* a, int lda, const float* scale, int rank, int cols, float* u) {
+template <class V, class T>
+void lora_shrink(const float* x, const T* a, int lda, const float* scale, int rank, int cols, float* u) {
   for (int r = 0; r < rank; r++) {
-    const float* row = a + size_t(r) * lda;
+    const T* row = a + size_t(r) * lda;
     const int whole = cols / 16 * 16;
     float sum = dot<V>(x, row, whole);
-    for (int k = whole; k < cols; k++) sum += x[k] * row[k];
+    for (int k = whole; k < cols; k++) sum += x[k] * as_float(row[k]);
     u[r] = scale[r] * sum;
   }
 }
 
-template <class V>
-void lora_expand(const float* u, const float* bt, int ldb, int rank, int first, int last, float* y) {
-  int n = first;
-  for (; n + V::W <= last; n += V::W) {
-    typename V::F acc = V::zero();
-    for (int r = 0; r < rank; r++) acc = V::fma(V::load(bt + size_t(r) * ldb + n), V::set1(u[r]), acc);
-    V::store(y + n, V::add(V::load(y + n), acc));
-  }
-  for (; n < last; n++) {
-    float acc = 0;
-    for (int r = 0; r < rank; r++) acc += bt[size_t(r) * ldb + n] * u[r];
-    y[n] += acc;
-  }
+// N vectors of columns
+template <class V, int N, class T>
+inline void expand_columns(const float* u, const T* bt, int ldb, int rank, float* y) {
+  typename V::F acc[N];
+  for (int i = 0; i < N; i++) acc[i] = V::zero();
+  for (int r = 0; r < rank; r++)
+    for (int i = 0; i < N; i++) acc[i] = V::fma(load_as_float<V>(bt + size_t(r) * ldb + i * V::W), V::set1(u[r]), acc[i]);
+  for (int i = 0; i < N; i++) V::store(y + i * V::W, V::add(V::load(y + i * V::W), acc[i]));
 }
 
-template <class V>
-inline typename V::F load_as_float(const bf16* x) {
-  return V::from_bf16(x);
-}
-template <class V>
-inline typename V::F load_as_float(const float* x) {
-  return V::load(x);
+template <class V, class T>
+void lora_expand(const float* u, const T* bt, int ldb, int rank, int first, int last, float* y) {
+  constexpr int kColumns = 32;  // of bf16 a cache line
+  int n = first;
+  for (; n + kColumns <= last; n += kColumns) expand_columns<V, kColumns / V::W>(u, bt + n, ldb, rank, y + n);
+  for (; n + V::W <= last; n += V::W) expand_columns<V, 1>(u, bt + n, ldb, rank, y + n);
+  for (; n < last; n++) {
+    float acc = 0;
+    for (int r = 0; r < rank; r++) acc += as_float(bt[size_t(r) * ldb + n]) * u[r];
+    y[n] += acc;
+  }
 }
 
 template <class V, class T, int R>

@@ -343,7 +343,7 @@ TEST("rows: lora_shrink and lora_expand, any rank, width and range") {
       Floats first;
       for_levels([&](const Kernels& k) {
         Floats found(static_cast<size_t>(rank));
-        k.lora_shrink(x.data(), a.data(), cols, scale.data(), rank, cols, found.data());
+        k.lora_shrink_f32(x.data(), a.data(), cols, scale.data(), rank, cols, found.data());
         if (k.level == Level::scalar) first = found;
         CHECK(same_bits(found, first), "rank %d, %d columns: other bits than the scalar level", rank, cols);
         for (int r = 0; r < rank; r++) {
@@ -356,7 +356,7 @@ TEST("rows: lora_shrink and lora_expand, any rank, width and range") {
         }
         for (int begin : {0, 3}) {
           Floats y = y0;
-          k.lora_expand(u.data(), a.data(), cols, rank, begin, cols - 1, y.data());
+          k.lora_expand_f32(u.data(), a.data(), cols, rank, begin, cols - 1, y.data());
           for (int c = 0; c < cols; c++) {
             double sum = 0, size = std::fabs(y0[size_t(c)]);
             for (int r = 0; r < rank && c >= begin && c < cols - 1; r++) {
@@ -368,6 +368,30 @@ TEST("rows: lora_shrink and lora_expand, any rank, width and range") {
         }
       });
     }
+}
+
+TEST("rows: adapters in bf16 give the bits of the same numbers in float32") {
+  constexpr int rank = 5;
+  for (int cols : {5, 32, 77}) {
+    Random random(uint64_t(cols));
+    const size_t count = size_t(rank * cols);
+    const Floats x = random.floats(size_t(cols)), scale = random.floats(rank), u = random.floats(rank);
+    std::vector<bf16> low(count);
+    Floats wide(count);
+    for (size_t i = 0; i < count; i++) {
+      low[i] = float_to_bf16(random.uniform(-1, 1));
+      wide[i] = bf16_to_float(low[i]);
+    }
+    for_levels([&](const Kernels& k) {
+      Floats found(rank), expected(rank), y(x), y_expected(x);
+      k.lora_shrink_bf16(x.data(), low.data(), cols, scale.data(), rank, cols, found.data());
+      k.lora_shrink_f32(x.data(), wide.data(), cols, scale.data(), rank, cols, expected.data());
+      CHECK(same_bits(found, expected), "shrink, %d columns", cols);
+      k.lora_expand_bf16(u.data(), low.data(), cols, rank, 0, cols, y.data());
+      k.lora_expand_f32(u.data(), wide.data(), cols, rank, 0, cols, y_expected.data());
+      CHECK(same_bits(y, y_expected), "expand, %d columns", cols);
+    });
+  }
 }
 
 TEST("rows: outer products of any number of rows, rank and column range") {

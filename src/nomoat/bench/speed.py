@@ -169,7 +169,7 @@ def _batch(
     last = Streams(model, given, streams, stacks)
     whole, stages = profiled(lambda: last.run(tokens))
     last.close()
-    adapters = sum(4.0 * linear.a.size + 4.0 * linear.bt.size for s in stacks if s is not None for linear in s.linears.values())
+    adapters = sum(2.0 * linear.a.size + 2.0 * linear.bt.size for s in stacks if s is not None for linear in s.linears.values())
     keys = fit.kv_bytes_per_token(model.spec, model.kv_type) * (prompt + tokens / 2)
     size = (weight_bytes(model) + adapters) / streams + keys
     products = model.spec.active_linears() + head_weights(model)
