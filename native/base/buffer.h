@@ -8,7 +8,13 @@
 #include <new>
 #include <utility>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace nomoat {
+
+constexpr size_t kHugePage = size_t(2) << 20;  // of x86-64, and of Arm with pages of 4 KB
 
 class Buffer {
  public:
@@ -21,15 +27,19 @@ class Buffer {
   }
   ~Buffer() { std::free(data_); }
 
-  // At least `count` elements; new memory is zero.
+  // At least `count` elements; new memory is zero. Aligned to kHugePage it is whole pages of that size, where the system has
+  // them.
   template <class T>
-  T* get(size_t count) {
-    const size_t wanted = (count * sizeof(T) + 63) / 64 * 64;
+  T* get(size_t count, size_t align = 64) {
+    const size_t wanted = (count * sizeof(T) + align - 1) / align * align;
     if (wanted > bytes_) {
       std::free(data_);
       bytes_ = 0;
-      data_ = std::aligned_alloc(64, wanted);
+      data_ = std::aligned_alloc(align, wanted);
       if (!data_) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+      if (align == kHugePage) madvise(data_, wanted, MADV_HUGEPAGE);
+#endif
       bytes_ = wanted;
       std::memset(data_, 0, wanted);
     }

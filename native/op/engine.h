@@ -89,16 +89,16 @@ class KvCache {
     return layer + 1 < int(begins_.size()) && size_t(kv_heads) * head_bytes_ <= begins_[layer + 1] - begins_[layer];
   }
 
-  uint8_t* keys(int page, int layer, int head) const {
-    return pages_[page].data<uint8_t>() + begins_[layer] + head * head_bytes_;
-  }
+  uint8_t* keys(int page, int layer, int head) const { return pages_[page] + begins_[layer] + head * head_bytes_; }
   uint8_t* values(int page, int layer, int head) const { return keys(page, layer, head) + head_bytes_ / 2; }
 
  private:
   size_t head_bytes_;
   std::vector<size_t> begins_;  // bytes of a page before each layer, then of the whole page
   KvType type_;
-  std::vector<Buffer> pages_;
+  std::vector<uint8_t*> pages_;
+  // What they lie in, about 8 MB each: in memory pages of 4 KB, an address would be looked up for every 64 lines that are read.
+  std::vector<Buffer> slabs_;
 };
 
 // What backward needs of one layer; what the model has no use for stays empty. Element type: bf16 or float by mode.

@@ -44,9 +44,10 @@ KvCache::KvCache(const Dims& dims, const std::vector<int>& kv_heads, KvType type
 }
 
 void KvCache::reserve(int pages) {
+  const size_t each = std::clamp<size_t>(4 * kHugePage / std::max<size_t>(page_bytes(), 1), 1, 1024);
   while (int(pages_.size()) < pages) {
-    pages_.emplace_back();
-    pages_.back().get<uint8_t>(page_bytes());
+    uint8_t* first = slabs_.emplace_back().get<uint8_t>(each * page_bytes(), kHugePage);
+    for (size_t i = 0; i < each; i++) pages_.push_back(first + i * page_bytes());
   }
 }
 
