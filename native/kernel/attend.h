@@ -103,10 +103,12 @@ inline void mix_tile(const float* const* p, At at, int first, int last, int d, c
     for (int i = 0; i < D; i++) acc[r][i] = V::zero();
   for (int key = first; key <= last; key++) {
     const auto* value = at(key) + d;
-    typename V::F v[D];
-    for (int i = 0; i < D; i++) v[i] = values<V>(value + i * V::W);
-    for (int r = 0; r < R; r++)
-      for (int i = 0; i < D; i++) acc[r][i] = V::fma(v[i], V::set1(p[r][key]), acc[r][i]);
+    typename V::F weight[R];  // these stay in registers and one value at a time: R * D + R + 1 are sixteen at most
+    for (int r = 0; r < R; r++) weight[r] = V::set1(p[r][key]);
+    for (int i = 0; i < D; i++) {
+      const typename V::F v = values<V>(value + i * V::W);
+      for (int r = 0; r < R; r++) acc[r][i] = V::fma(v, weight[r], acc[r][i]);
+    }
   }
   for (int r = 0; r < R; r++)
     for (int i = 0; i < D; i++) V::store(out[r] + d + i * V::W, V::mul(acc[r][i], V::set1(factor[r])));
