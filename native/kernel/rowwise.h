@@ -33,8 +33,13 @@ struct Sixteen {
     return s;
   }
   template <class T>
-  void add_product(const float* x, const T* y) {
-    for (int i = 0; i < N; i++) at[i] = V::fma(V::load(x + i * V::W), load_as_float<V>(y + i * V::W), at[i]);
+  static Sixteen load(const T* x) {
+    Sixteen s;
+    for (int i = 0; i < N; i++) s.at[i] = load_as_float<V>(x + i * V::W);
+    return s;
+  }
+  void add_product(const float* x, const Sixteen& y) {
+    for (int i = 0; i < N; i++) at[i] = V::fma(V::load(x + i * V::W), y.at[i], at[i]);
   }
   float total() const {
     alignas(64) float lanes[16];
@@ -45,10 +50,10 @@ struct Sixteen {
   }
 };
 
-template <class V, class T>
-inline float dot(const float* x, const T* y, int count) {
+template <class V>
+inline float dot(const float* x, const float* y, int count) {
   Sixteen<V> sum = Sixteen<V>::zero();
-  for (int i = 0; i < count; i += 16) sum.add_product(x + i, y + i);
+  for (int i = 0; i < count; i += 16) sum.add_product(x + i, Sixteen<V>::load(y + i));
   return sum.total();
 }
 
@@ -255,38 +260,72 @@ void softmax_f32(const float* x, float lse, float factor, int count, float* out)
 
 // ---- adapters -----------------------------------------------------------------------------------------------------------
 
+// M rows with one rank
+template <class V, int M, class T>
+inline void shrink_rows(const float* x, int ldx, const T* a, float scale, int cols, float* u, int ldu) {
+  const int whole = cols / 16 * 16;
+  Sixteen<V> sum[M];
+  for (Sixteen<V>& s : sum) s = Sixteen<V>::zero();
+  for (int k = 0; k < whole; k += 16) {
+    const Sixteen<V> factor = Sixteen<V>::load(a + k);
+    for (int m = 0; m < M; m++) sum[m].add_product(x + size_t(m) * ldx + k, factor);
+  }
+  for (int m = 0; m < M; m++) {
+    float total = sum[m].total();
+    for (int k = whole; k < cols; k++) total += x[size_t(m) * ldx + k] * as_float(a[k]);
+    u[size_t(m) * ldu] = scale * total;
+  }
+}
+
 template <class V, class T>
-void lora_shrink(const float* x, const T* a, int lda, const float* scale, int rank, int cols, float* u) {
+void lora_shrink(const float* x, int ldx, int rows, const T* a, int lda, const float* scale, int rank, int cols, float* u,
+                 int ldu) {
+  auto run = [&]<int M>(int m) {
+    for (int r = 0; r < rank; r++)
+      shrink_rows<V, M>(x + size_t(m) * ldx, ldx, a + size_t(r) * lda, scale[r], cols, u + size_t(m) * ldu + r, ldu);
+  };
+  int m = 0;
+  for (; m + 4 <= rows; m += 4) run.template operator()<4>(m);
+  for (; m < rows; m++) run.template operator()<1>(m);
+}
+
+// M rows, N vectors of columns
+template <class V, int M, int N, class T>
+inline void expand_tile(const float* u, int ldu, const T* bt, int ldb, int rank, float* y, int ldy) {
+  typename V::F acc[M][N];
+  for (int m = 0; m < M; m++)
+    for (int i = 0; i < N; i++) acc[m][i] = V::zero();
   for (int r = 0; r < rank; r++) {
-    const T* row = a + size_t(r) * lda;
-    const int whole = cols / 16 * 16;
-    float sum = dot<V>(x, row, whole);
-    for (int k = whole; k < cols; k++) sum += x[k] * as_float(row[k]);
-    u[r] = scale[r] * sum;
+    typename V::F factor[N];
+    for (int i = 0; i < N; i++) factor[i] = load_as_float<V>(bt + size_t(r) * ldb + i * V::W);
+    for (int m = 0; m < M; m++)
+      for (int i = 0; i < N; i++) acc[m][i] = V::fma(factor[i], V::set1(u[size_t(m) * ldu + r]), acc[m][i]);
   }
-}
-
-// N vectors of columns
-template <class V, int N, class T>
-inline void expand_columns(const float* u, const T* bt, int ldb, int rank, float* y) {
-  typename V::F acc[N];
-  for (int i = 0; i < N; i++) acc[i] = V::zero();
-  for (int r = 0; r < rank; r++)
-    for (int i = 0; i < N; i++) acc[i] = V::fma(load_as_float<V>(bt + size_t(r) * ldb + i * V::W), V::set1(u[r]), acc[i]);
-  for (int i = 0; i < N; i++) V::store(y + i * V::W, V::add(V::load(y + i * V::W), acc[i]));
+  for (int m = 0; m < M; m++)
+    for (int i = 0; i < N; i++) {
+      float* at = y + size_t(m) * ldy + i * V::W;
+      V::store(at, V::add(V::load(at), acc[m][i]));
+    }
 }
 
 template <class V, class T>
-void lora_expand(const float* u, const T* bt, int ldb, int rank, int first, int last, float* y) {
-  constexpr int kColumns = 32;  // of bf16 a cache line
-  int n = first;
-  for (; n + kColumns <= last; n += kColumns) expand_columns<V, kColumns / V::W>(u, bt + n, ldb, rank, y + n);
-  for (; n + V::W <= last; n += V::W) expand_columns<V, 1>(u, bt + n, ldb, rank, y + n);
-  for (; n < last; n++) {
-    float acc = 0;
-    for (int r = 0; r < rank; r++) acc += as_float(bt[size_t(r) * ldb + n]) * u[r];
-    y[n] += acc;
-  }
+void lora_expand(const float* u, int ldu, int rows, const T* bt, int ldb, int rank, int first, int last, float* y, int ldy) {
+  auto run = [&]<int M, int Columns>(int m) {
+    const float* weight = u + size_t(m) * ldu;
+    float* out = y + size_t(m) * ldy;
+    int n = first;
+    for (; n + Columns <= last; n += Columns) expand_tile<V, M, Columns / V::W>(weight, ldu, bt + n, ldb, rank, out + n, ldy);
+    for (; n + V::W <= last; n += V::W) expand_tile<V, M, 1>(weight, ldu, bt + n, ldb, rank, out + n, ldy);
+    for (; n < last; n++)
+      for (int i = 0; i < M; i++) {
+        float acc = 0;
+        for (int r = 0; r < rank; r++) acc += as_float(bt[size_t(r) * ldb + n]) * weight[size_t(i) * ldu + r];
+        out[size_t(i) * ldy + n] += acc;
+      }
+  };
+  int m = 0;
+  for (; m + 4 <= rows; m += 4) run.template operator()<4, 16>(m);
+  for (; m < rows; m++) run.template operator()<1, 32>(m);  // of bf16 a cache line
 }
 
 template <class V, class T, int R>

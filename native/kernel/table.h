@@ -118,12 +118,16 @@ struct Kernels {
   // out[k] = W[row, k]
   void (*read_row)(const Matrix& w, int row, float* out);
   // -- adapters, sums in float32 ------------------------------------------------------------------------------------
-  // u[r] = scale[r] * sum_k a[r, k] x[k]
-  void (*lora_shrink_bf16)(const float* x, const bf16* a, int lda, const float* scale, int rank, int cols, float* u);
-  void (*lora_shrink_f32)(const float* x, const float* a, int lda, const float* scale, int rank, int cols, float* u);
-  // y[n] += sum_r u[r] bt[r, n]
-  void (*lora_expand_bf16)(const float* u, const bf16* bt, int ldb, int rank, int first, int last, float* y);
-  void (*lora_expand_f32)(const float* u, const float* bt, int ldb, int rank, int first, int last, float* y);
+  // u[m, r] = scale[r] * sum_k a[r, k] x[m, k]
+  void (*lora_shrink_bf16)(const float* x, int ldx, int rows, const bf16* a, int lda, const float* scale, int rank, int cols,
+                           float* u, int ldu);
+  void (*lora_shrink_f32)(const float* x, int ldx, int rows, const float* a, int lda, const float* scale, int rank, int cols,
+                          float* u, int ldu);
+  // y[m, n] += sum_r u[m, r] bt[r, n] for columns [first, last)
+  void (*lora_expand_bf16)(const float* u, int ldu, int rows, const bf16* bt, int ldb, int rank, int first, int last, float* y,
+                           int ldy);
+  void (*lora_expand_f32)(const float* u, int ldu, int rows, const float* bt, int ldb, int rank, int first, int last, float* y,
+                          int ldy);
   // out[r, c] += sum_m u[m, r] x[m, c] for columns [first, last), multiples of 16
   void (*outer_bf16)(const float* u, int ldu, int rank, const bf16* x, int ldx, int rows, int first, int last, float* out,
                      int ldo);

@@ -230,17 +230,17 @@ void adapters_int8(Engine& engine, const Activations& x, const LinearJob* jobs, 
   parallel_for(int(shares.size()), [&](int task, int thread) {
     const auto& [job, lora, first, last] = shares[size_t(task)];
     const Activations in = input_of(*job, x);
-    float* u = engine.thread_scratch[size_t(thread)].get<float>(size_t(lora.rank));
+    const int rows = last - first;
+    float* u = engine.thread_scratch[size_t(thread)].get<float>(size_t(rows) * lora.rank);
     // While a rank of A is read, memory brings the same rank of B^T.
     auto apply = [&](const auto* a, const auto* bt, auto shrink, auto expand) {
       constexpr int kLine = 64 / int(sizeof(*bt));
-      for (int m = first; m < last; m++) {
-        for (int r = 0; r < lora.rank; r++) {
-          for (int n = 0; m == first && n < job->w->rows; n += kLine) __builtin_prefetch(bt + size_t(r) * lora.ldb + n, 0, 2);
-          shrink(in.f32 + size_t(m) * in.cols, a + size_t(r) * lora.lda, lora.lda, lora.scale + r, 1, job->w->cols, u + r);
-        }
-        expand(u, bt, lora.ldb, lora.rank, 0, job->w->rows, job->y + size_t(m) * job->ldy);
+      for (int r = 0; r < lora.rank; r++) {
+        for (int n = 0; n < job->w->rows; n += kLine) __builtin_prefetch(bt + size_t(r) * lora.ldb + n, 0, 2);
+        shrink(in.f32 + size_t(first) * in.cols, in.cols, rows, a + size_t(r) * lora.lda, lora.lda, lora.scale + r, 1,
+               job->w->cols, u + r, lora.rank);
       }
+      expand(u, lora.rank, rows, bt, lora.ldb, lora.rank, 0, job->w->rows, job->y + size_t(first) * job->ldy, job->ldy);
     };
     if (lora.a_low)
       apply(lora.a_low, lora.bt_low, kernels().lora_shrink_bf16, kernels().lora_expand_bf16);

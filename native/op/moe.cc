@@ -210,7 +210,7 @@ void shared_forward(Engine& engine, int layer, Mode mode, const float* h, const 
   for_rows(batch.rows, 8, [&](int first, int last) {
     for (int m = first; m < last; m++) {
       const float one = 1;
-      kernels().lora_shrink_f32(h + size_t(m) * width, own.shared_router, width, &one, 1, width, weight + m);
+      kernels().lora_shrink_f32(h + size_t(m) * width, width, 1, own.shared_router, width, &one, 1, width, weight + m, 1);
       weight[m] = float(1 / (1 + std::exp(-double(weight[m]))));
     }
   });
@@ -312,7 +312,7 @@ void expert_backward(Engine& engine, const ExpertBackward& e, const LoraSet* ada
     for (int i = first; i < last; i++) {
       const size_t at = size_t(i) * ffn;
       const float one = 1, weight = e.weight[size_t(e.row[i]) * e.stride];
-      kernels().lora_shrink_f32(d_act + at, act + at, ffn, &one, 1, ffn, e.d_weight + i);
+      kernels().lora_shrink_f32(d_act + at, ffn, 1, act + at, ffn, &one, 1, ffn, e.d_weight + i, 1);
       for (int f = 0; f < ffn; f++) d_act[at + f] *= weight;
       (dims.gelu ? kernels().gelu_mul_backward : kernels().silu_mul_backward)(e.gate + at, e.up + at, d_act + at, ffn,
                                                                               d_gate + at, d_up + at);

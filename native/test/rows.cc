@@ -334,48 +334,53 @@ TEST("rows: adamw is its definition, with the same bits at every level") {
   });
 }
 
-TEST("rows: lora_shrink and lora_expand, any rank, width and range") {
+TEST("rows: lora_shrink and lora_expand, any rank, width, range and number of rows") {
   for (int rank : {1, 3, 8, 17})
     for (int cols : {5, 16, 40, 77}) {
+      constexpr int rows = 6;  // four at once, two alone
       Random random(uint64_t(100 * rank + cols));
-      const Floats x = random.floats(size_t(cols)), a = random.floats(size_t(rank * cols)), scale = random.floats(size_t(rank)),
-                   u = random.floats(size_t(rank)), y0 = random.floats(size_t(cols));
+      const Floats x = random.floats(size_t(rows * cols)), a = random.floats(size_t(rank * cols)),
+                   scale = random.floats(size_t(rank)), u = random.floats(size_t(rows * rank)),
+                   y0 = random.floats(size_t(rows * cols));
       Floats first;
       for_levels([&](const Kernels& k) {
-        Floats found(static_cast<size_t>(rank));
-        k.lora_shrink_f32(x.data(), a.data(), cols, scale.data(), rank, cols, found.data());
+        Floats found(static_cast<size_t>(rows * rank));
+        k.lora_shrink_f32(x.data(), cols, rows, a.data(), cols, scale.data(), rank, cols, found.data(), rank);
         if (k.level == Level::scalar) first = found;
         CHECK(same_bits(found, first), "rank %d, %d columns: other bits than the scalar level", rank, cols);
-        for (int r = 0; r < rank; r++) {
-          double sum = 0, size = 0;
-          for (int c = 0; c < cols; c++) {
-            sum += double(x[size_t(c)]) * a[size_t(r * cols + c)];
-            size += std::fabs(double(x[size_t(c)]) * a[size_t(r * cols + c)]);
+        for (int m = 0; m < rows; m++)
+          for (int r = 0; r < rank; r++) {
+            double sum = 0, size = 0;
+            for (int c = 0; c < cols; c++) {
+              sum += double(x[size_t(m * cols + c)]) * a[size_t(r * cols + c)];
+              size += std::fabs(double(x[size_t(m * cols + c)]) * a[size_t(r * cols + c)]);
+            }
+            check_close("u", r, found[size_t(m * rank + r)], scale[size_t(r)] * sum,
+                        (cols + 2) * kRound * std::fabs(scale[size_t(r)]) * size);
           }
-          check_close("u", r, found[size_t(r)], scale[size_t(r)] * sum, (cols + 2) * kRound * std::fabs(scale[size_t(r)]) * size);
-        }
         for (int begin : {0, 3}) {
           Floats y = y0;
-          k.lora_expand_f32(u.data(), a.data(), cols, rank, begin, cols - 1, y.data());
-          for (int c = 0; c < cols; c++) {
-            double sum = 0, size = std::fabs(y0[size_t(c)]);
+          k.lora_expand_f32(u.data(), rank, rows, a.data(), cols, rank, begin, cols - 1, y.data(), cols);
+          for (int i = 0; i < rows * cols; i++) {
+            const int m = i / cols, c = i % cols;
+            double sum = 0, size = std::fabs(y0[size_t(i)]);
             for (int r = 0; r < rank && c >= begin && c < cols - 1; r++) {
-              sum += double(u[size_t(r)]) * a[size_t(r * cols + c)];
-              size += std::fabs(double(u[size_t(r)]) * a[size_t(r * cols + c)]);
+              sum += double(u[size_t(m * rank + r)]) * a[size_t(r * cols + c)];
+              size += std::fabs(double(u[size_t(m * rank + r)]) * a[size_t(r * cols + c)]);
             }
-            check_close("y", c, y[size_t(c)], y0[size_t(c)] + sum, (2 * rank + 2) * kRound * size);
+            check_close("y", i, y[size_t(i)], y0[size_t(i)] + sum, (2 * rank + 2) * kRound * size);
           }
         }
       });
     }
 }
 
-TEST("rows: adapters in bf16 give the bits of the same numbers in float32") {
-  constexpr int rank = 5;
+TEST("rows: adapters in bf16 give the bits of the same numbers in float32, rows together those of each alone") {
+  constexpr int rank = 5, rows = 7;
   for (int cols : {5, 32, 77}) {
     Random random(uint64_t(cols));
     const size_t count = size_t(rank * cols);
-    const Floats x = random.floats(size_t(cols)), scale = random.floats(rank), u = random.floats(rank);
+    const Floats x = random.floats(size_t(rows * cols)), scale = random.floats(rank), u = random.floats(rows * rank);
     std::vector<bf16> low(count);
     Floats wide(count);
     for (size_t i = 0; i < count; i++) {
@@ -383,12 +388,15 @@ TEST("rows: adapters in bf16 give the bits of the same numbers in float32") {
       wide[i] = bf16_to_float(low[i]);
     }
     for_levels([&](const Kernels& k) {
-      Floats found(rank), expected(rank), y(x), y_expected(x);
-      k.lora_shrink_bf16(x.data(), low.data(), cols, scale.data(), rank, cols, found.data());
-      k.lora_shrink_f32(x.data(), wide.data(), cols, scale.data(), rank, cols, expected.data());
+      Floats found(rows * rank), expected(rows * rank), y(x), y_expected(x);
+      k.lora_shrink_bf16(x.data(), cols, rows, low.data(), cols, scale.data(), rank, cols, found.data(), rank);
+      k.lora_expand_bf16(u.data(), rank, rows, low.data(), cols, rank, 0, cols, y.data(), cols);
+      for (int m = 0; m < rows; m++) {
+        const size_t at = size_t(m * cols), u_at = size_t(m * rank);
+        k.lora_shrink_f32(x.data() + at, cols, 1, wide.data(), cols, scale.data(), rank, cols, expected.data() + u_at, rank);
+        k.lora_expand_f32(u.data() + u_at, rank, 1, wide.data(), cols, rank, 0, cols, y_expected.data() + at, cols);
+      }
       CHECK(same_bits(found, expected), "shrink, %d columns", cols);
-      k.lora_expand_bf16(u.data(), low.data(), cols, rank, 0, cols, y.data());
-      k.lora_expand_f32(u.data(), wide.data(), cols, rank, 0, cols, y_expected.data());
       CHECK(same_bits(y, y_expected), "expand, %d columns", cols);
     });
   }
