@@ -27,16 +27,14 @@ class Buffer {
   }
   ~Buffer() { std::free(data_); }
 
-  // At least `count` elements; new memory is zero. Aligned to kHugePage it is whole pages of that size, where the system has
-  // them.
+  // At least `count` elements; new memory is zero. Aligned to kHugePage it has pages of that size, where the system gives them.
   template <class T>
   T* get(size_t count, size_t align = 64) {
-    const size_t wanted = (count * sizeof(T) + align - 1) / align * align;
+    const size_t wanted = (count * sizeof(T) + 63) / 64 * 64;
     if (wanted > bytes_) {
-      std::free(data_);
+      std::free(std::exchange(data_, nullptr));
       bytes_ = 0;
-      data_ = std::aligned_alloc(align, wanted);
-      if (!data_) throw std::bad_alloc();
+      if (posix_memalign(&data_, align, wanted)) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
       if (align == kHugePage) madvise(data_, wanted, MADV_HUGEPAGE);
 #endif

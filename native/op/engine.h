@@ -97,7 +97,7 @@ class KvCache {
   std::vector<size_t> begins_;  // bytes of a page before each layer, then of the whole page
   KvType type_;
   std::vector<uint8_t*> pages_;
-  // What they lie in, about 8 MB each: in memory pages of 4 KB, an address would be looked up for every 64 lines that are read.
+  // What they lie in, up to 8 MB each: in memory pages of 4 KB, an address would be looked up for every 64 lines that are read.
   std::vector<Buffer> slabs_;
 };
 

@@ -44,10 +44,11 @@ KvCache::KvCache(const Dims& dims, const std::vector<int>& kv_heads, KvType type
 }
 
 void KvCache::reserve(int pages) {
-  const size_t each = std::clamp<size_t>(4 * kHugePage / std::max<size_t>(page_bytes(), 1), 1, 1024);
-  while (int(pages_.size()) < pages) {
-    uint8_t* first = slabs_.emplace_back().get<uint8_t>(each * page_bytes(), kHugePage);
-    for (size_t i = 0; i < each; i++) pages_.push_back(first + i * page_bytes());
+  const size_t most = std::max<size_t>(1, 4 * kHugePage / std::max<size_t>(1, page_bytes()));
+  while (int(pages_.size()) < pages) {  // as many as are missing, or as there are: a short text takes little
+    const size_t count = std::min(most, std::max(size_t(pages) - pages_.size(), pages_.size())), bytes = count * page_bytes();
+    uint8_t* first = slabs_.emplace_back().get<uint8_t>(bytes, bytes < kHugePage ? 64 : kHugePage);
+    for (size_t i = 0; i < count; i++) pages_.push_back(first + i * page_bytes());
   }
 }
 
