@@ -378,7 +378,7 @@ TEST("rows: lora_shrink and lora_expand, any rank, width, range and number of ro
 TEST("rows: adapters in bf16 give the bits of the same numbers in float32, rows together those of each alone") {
   constexpr int rank = 5, rows = 7;
   for (int cols : {5, 32, 77}) {
-    Random random(uint64_t(cols));
+    Random random{uint64_t(cols)};
     const size_t count = size_t(rank * cols);
     const Floats x = random.floats(size_t(rows * cols)), scale = random.floats(rank), u = random.floats(rows * rank);
     std::vector<bf16> low(count);
