@@ -2,6 +2,7 @@
 // Attention: softmax(q k^T) v over a paged cache, and its backward over one segment.
 // Every row adds its keys in order of position, so its result does not depend on the rows taken with it.
 
+#include "kernel/load.h"
 #include "kernel/table.h"
 #include "kernel/vexp.h"
 
@@ -23,19 +24,6 @@ template <class V>
 inline void key_pair(const int8_t* block, int d, int lane, typename V::F& even, typename V::F& odd) {
   even = V::from_s8(block + 16 * d + lane);
   odd = V::from_s8(block + 16 * (d + 1) + lane);
-}
-
-template <class V>
-inline typename V::F values(const bf16* at) {
-  return V::from_bf16(at);
-}
-template <class V>
-inline typename V::F values(const float* at) {
-  return V::load(at);
-}
-template <class V>
-inline typename V::F values(const int8_t* at) {
-  return V::from_s8(at);
 }
 
 // x[key] *= scale of that key, for the 16 keys from `key` on; int8 pages only
@@ -106,7 +94,7 @@ inline void mix_tile(const float* const* p, At at, int first, int last, int d, c
     typename V::F weight[R];  // these stay in registers and one value at a time: R * D + R + 1 are sixteen at most
     for (int r = 0; r < R; r++) weight[r] = V::set1(p[r][key]);
     for (int i = 0; i < D; i++) {
-      const typename V::F v = values<V>(value + i * V::W);
+      const typename V::F v = load_as_float<V>(value + i * V::W);
       for (int r = 0; r < R; r++) acc[r][i] = V::fma(v, weight[r], acc[r][i]);
     }
   }

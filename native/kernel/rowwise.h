@@ -2,21 +2,13 @@
 // Everything that works on one row or on flat arrays: quantization, norms, activation, softmax, adapters, AdamW.
 // Reductions keep sixteen partial sums at every vector width, so that their order is the same at every level.
 
+#include "kernel/load.h"
 #include "kernel/table.h"
 #include "kernel/vexp.h"
 #include "quant/half.h"
 
 namespace nomoat {
 namespace {
-
-template <class V>
-inline typename V::F load_as_float(const bf16* x) {
-  return V::from_bf16(x);
-}
-template <class V>
-inline typename V::F load_as_float(const float* x) {
-  return V::load(x);
-}
 
 inline float as_float(bf16 x) { return bf16_to_float(x); }
 inline float as_float(float x) { return x; }
