@@ -100,7 +100,7 @@ def test_agreement_is_what_answers_begin_with_alike() -> None:
 
 def test_results_say_what_made_them(tmp_path: Path) -> None:
     found = machine.environment(threads=2)
-    assert found["level"] in ("scalar", "avx2", "avx2_vnni", "avx512", "neon")
+    assert found["level"] in ("scalar", "avx2", "avx2_vnni", "avx512", "amx", "neon")
     assert found["compiler"].split()[0] in ("GCC", "Clang")
     path = machine.write("figures", {"machine": found, "text": "é"}, tmp_path)
     assert json.loads(path.read_text(encoding="utf-8")) == {"machine": found, "text": "é"}

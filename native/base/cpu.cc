@@ -5,6 +5,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -34,7 +38,17 @@ uint64_t xgetbv() {
 
 bool has(uint32_t word, int bit) { return (word >> bit) & 1; }
 
-// Intel SDM volume 2, CPUID; XCR0 bits: 1 SSE, 2 AVX, 5-7 opmask and ZMM state.
+// Linux gives the 8 KB of tile registers to processes that ask: arch/x86/xstate in its documentation.
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+// Intel SDM volume 2, CPUID; XCR0 bits: 1 SSE, 2 AVX, 5-7 opmask and ZMM state, 17 and 18 tiles.
 bool usable(Level level) {
   const Registers one = cpuid(1, 0), seven = cpuid(7, 0), seven_one = cpuid(7, 1);
   if (level == Level::scalar) return true;
@@ -43,14 +57,15 @@ bool usable(Level level) {
   const bool avx2 = (saved & 0x6) == 0x6 && has(one.c, 28) && has(one.c, 12) && has(one.c, 29) && has(seven.b, 5);
   if (level == Level::avx2) return avx2;
   if (level == Level::avx2_vnni) return avx2 && has(seven_one.a, 4);
-  if (level == Level::avx512) {
-    const bool foundation = has(seven.b, 16) && has(seven.b, 17) && has(seven.b, 30) && has(seven.b, 31);
-    return avx2 && (saved & 0xe6) == 0xe6 && foundation && has(seven.c, 1) && has(seven.c, 11) && has(seven_one.a, 5);
-  }
-  return false;
+  const bool foundation = has(seven.b, 16) && has(seven.b, 17) && has(seven.b, 30) && has(seven.b, 31);
+  const bool avx512 = avx2 && (saved & 0xe6) == 0xe6 && foundation && has(seven.c, 1) && has(seven.c, 11) && has(seven_one.a, 5);
+  if (level == Level::avx512) return avx512;
+  if (level != Level::amx) return false;
+  const bool tiles = (saved & 0x60000) == 0x60000 && has(seven.d, 22) && has(seven.d, 24) && has(seven.d, 25);
+  return avx512 && tiles && may_use_tiles();
 }
 
-constexpr Level kBuilt[] = {Level::scalar, Level::avx2, Level::avx2_vnni, Level::avx512};
+constexpr Level kBuilt[] = {Level::scalar, Level::avx2, Level::avx2_vnni, Level::avx512, Level::amx};
 
 #elif defined(__aarch64__)
 
@@ -80,7 +95,7 @@ constexpr Level kBuilt[] = {Level::scalar};
 }  // namespace
 
 const char* level_name(Level level) {
-  static const char* const names[] = {"scalar", "avx2", "avx2_vnni", "avx512", "neon"};
+  static const char* const names[] = {"scalar", "avx2", "avx2_vnni", "avx512", "amx", "neon"};
   return names[int(level)];
 }
 

@@ -6,7 +6,7 @@
 
 namespace nomoat {
 
-enum class Level : int { scalar, avx2, avx2_vnni, avx512, neon, count };
+enum class Level : int { scalar, avx2, avx2_vnni, avx512, amx, neon, count };
 
 const char* level_name(Level level);
 

@@ -13,6 +13,8 @@ const Kernels* of(Level level) {
       return avx2_vnni_kernels();
     case Level::avx512:
       return avx512_kernels();
+    case Level::amx:
+      return amx_kernels();
 #elif defined(__aarch64__)
     case Level::neon:
       return neon_kernels();

@@ -1,7 +1,7 @@
 #pragma once
 // The contract between the hardware and the engine: one table of functions a CPU level, each with its maths in one line.
 // Every float buffer has rows padded to 32 elements, the padding zero. Sums run in a fixed order that depends neither on the
-// number of rows nor on threads. Reading order: this file, then gemm.h, attend.h, rowwise.h, then one level (avx512.cc).
+// number of rows nor on threads. Reading order: this file, then gemm.h, attend.h, rowwise.h, then one level (avx512.h).
 
 #include <cstdint>
 
@@ -112,7 +112,8 @@ struct Kernels {
                            bf16* panel);
   void (*plain_panel_f32)(const float* src, int ld, int rows, int cols, bool backward, int column, int from, int count,
                           float* panel);
-  // c[m, 0..columns) (+)= sum_p a[m, p] panel[p, c], rows of c 48 apart; columns = 16, 32 or 48
+  // c[m, 0..columns) (+)= sum_p a[m, p] panel[p, c], rows of c 48 apart; columns = 16, 32 or 48. A sum taken in parts of
+  // multiples of 32 has the bits of the whole.
   void (*gemm_bf16)(const bf16* a, int lda, int rows, const bf16* panel, int count, int columns, float* c, bool add);
   void (*gemm_f32)(const float* a, int lda, int rows, const float* panel, int count, int columns, float* c, bool add);
   // out[k] = W[row, k]
@@ -181,6 +182,7 @@ const Kernels* scalar_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx2_vnni_kernels();
 const Kernels* avx512_kernels();
+const Kernels* amx_kernels();
 const Kernels* neon_kernels();
 
 // The kernels in use: the best usable level, or the one that set_level chose.

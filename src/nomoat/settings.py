@@ -1,7 +1,7 @@
 """Every path, environment variable and default, once.
 
 NOMOAT_HOME     one folder for everything nomoat writes (default: the platform's data and cache folders)
-NOMOAT_CPU      force a CPU level: scalar, avx2, avx2_vnni, avx512, neon
+NOMOAT_CPU      force a CPU level: scalar, avx2, avx2_vnni, avx512, amx, neon
 NOMOAT_THREADS  worker threads (default: the physical cores this process may use)
 NOMOAT_OFFLINE  1 = never open a socket (same as --offline)
 NOMOAT_CACHE_GB packed weights kept in the cache folder, in GB (default: 50)

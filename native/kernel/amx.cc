@@ -1,0 +1,309 @@
+// AVX-512 with tile products, AMX (Sapphire Rapids and later): the products of many rows. Those of few rows, and all else, are
+// the AVX-512 level's.
+//
+// A product of two tile registers adds A[16 rows][64 bytes] times B[16 fours or pairs of the contraction][16 columns] to
+// C[16][16]. B is how a strip's granules and a bf16 panel lie anyway. Intel SDM volume 1, chapter 18.
+
+#include "kernel/avx512.h"
+
+namespace nomoat {
+
+namespace {
+
+constexpr int kTileRows = 16;
+
+// The shapes of the eight tile registers. Their contents are gone at the end of the scope: a core that holds none saves power.
+class TileShapes {
+ public:
+  TileShapes() = default;
+  TileShapes(const TileShapes&) = delete;
+  ~TileShapes() { _tile_release(); }
+
+  void set(int tile, int rows, int row_bytes) {
+    config_.rows[tile] = uint8_t(rows);
+    config_.row_bytes[tile] = uint16_t(row_bytes);
+  }
+  void use() { _tile_loadconfig(&config_); }
+
+ private:
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+  } config_;
+};
+
+// Not the intrinsics: GCC's take literals only. A load or store does not tell the compiler what memory it means, which would
+// cost the sums their registers: settled() stands where memory written before is read by what follows.
+template <int T>
+inline void zero_tile() {
+  __asm__ volatile("tilezero %%tmm%c0" ::"i"(T));
+}
+template <int T>
+inline void load_tile(const void* from, int row_bytes) {
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(int64_t(row_bytes)), "i"(T));
+}
+template <int T>
+inline void store_tile(void* to, int row_bytes) {
+  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(int64_t(row_bytes)), "i"(T));
+}
+template <int T>
+inline void store_dots(int32_t (&to)[kTileRows][16]) {
+  __asm__ volatile("tilestored %%tmm%c3, (%1,%2,1)" : "=m"(to) : "r"(&to), "r"(int64_t(sizeof(to[0]))), "i"(T));
+}
+inline void settled() { __asm__ volatile("" ::: "memory"); }
+// C += A B of int8
+template <int C, int A, int B>
+inline void multiply_int8() {
+  __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
+template <int C, int A, int B>
+inline void multiply_bf16() {
+  __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
+
+// ---- int8: exact dots, scaled and added in the order of gemm.h, so that the bits are those of every level
+// ----------------------
+
+constexpr int kDepth = 32;      // of a strip's tiles, how many are unpacked at once: 16 KB
+constexpr int kRowBlock = 128;  // as in gemm_i8
+
+// The weights of a strip as int8, and their scales.
+template <class Q>
+struct Unpacked {
+  static constexpr int steps = kDepth * Q::groups;
+  alignas(64) int8_t codes[kDepth][8][64];
+  alignas(64) float scale[steps][16], min[Q::has_min ? steps : 1][16];
+
+  void take(const uint8_t* planes, const uint8_t* scales, int from, int count, int fetched, const ReadOn& then) {
+    for (int t = 0; t < count; t++) {
+      const uint8_t* plane = planes + size_t(from + t) * Q::plane_bytes;
+      const uint8_t* ahead = planes + size_t(from + t) * fetched + kAhead;
+      if (then.next && ahead >= then.end) ahead = then.next + (ahead - then.end);
+      for (int line = 0; line < fetched; line += 64) __builtin_prefetch(ahead + line, 0, 2);
+      constexpr int zero = Q::top > 127 ? 128 : Q::zero;
+      unrolled<8>([&]<int g>() {
+        __m512i w = Q::template granule<Avx512, g>(plane, 0);
+        if constexpr (zero != 0) w = _mm512_sub_epi8(w, _mm512_set1_epi8(char(zero)));
+        _mm512_store_si512(codes[t][g], w);
+      });
+      unrolled<Q::groups>([&]<int h>() {
+        _mm512_store_ps(scale[t * Q::groups + h], Q::template scale<Avx512>(scales, from + t, h, 0));
+        if constexpr (Q::has_min) _mm512_store_ps(min[t * Q::groups + h], Q::template min<Avx512>(scales, from + t, h, 0));
+      });
+    }
+    settled();
+  }
+};
+
+// acc[m] += the dots of a group of columns, scaled: as in i8_tile. Not a lambda, whose closure would keep acc in memory.
+template <class Q, int D>
+inline void scale_dots(const Unpacked<Q>& w, int step, const int32_t (&dots)[D][kTileRows][16], const ActBlock* blocks,
+                       int stride, __m512 (&acc)[kTileRows]) {
+  const __m512 factor = _mm512_load_ps(w.scale[step]), minimum = _mm512_load_ps(w.min[Q::has_min ? step : 0]);
+  const ActBlock* block = blocks + step / Q::groups;
+  for (int m = 0; m < kTileRows; m++, block += stride) {
+    __m512i dot = _mm512_load_si512(dots[0][m]);
+    if constexpr (D == 2) dot = Avx512::add_digit(_mm512_load_si512(dots[1][m]), dot);
+    acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(factor, _mm512_set1_ps(block->scale)), acc[m]);
+    if constexpr (Q::has_min) {
+      const float total = Q::groups == 2 ? block->scale * float(block->sum[step % 2]) : block->scaled_sum;
+      acc[m] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(total), acc[m]);
+    }
+  }
+}
+
+// sums[m][r] (+)= 16 rows of activations times `count` tiles of weights. A step is a group of columns with one scale; while the
+// tile registers multiply those of one step, vectors scale and add those of the step before. `stride`: tiles of a row.
+template <class Q, int D>
+inline void i8_rows(const Unpacked<Q>& w, int count, const int8_t* q, const ActBlock* blocks, int stride, float (*sums)[16],
+                    bool add) {
+  constexpr int group_bytes = kTileCols / Q::groups;
+  alignas(64) int32_t dots[2][D][kTileRows][16];
+  auto multiply = [&]<int Turn>(int step) {  // tile registers: 0 to 3 dots, 4 and 5 activations, 6 and 7 weights
+    const int8_t* x = q + size_t(step / Q::groups) * kTileCols * D + step % Q::groups * group_bytes;
+    const int row_bytes = stride * kTileCols * D;
+    load_tile<6 + Turn>(w.codes[0][0] + size_t(step) * 16 * group_bytes, 64);
+    load_tile<4>(x, row_bytes);
+    zero_tile<2 * Turn>();
+    multiply_int8<2 * Turn, 4, 6 + Turn>();
+    store_dots<2 * Turn>(dots[Turn][0]);
+    if constexpr (D == 2) {
+      load_tile<5>(x + kTileCols, row_bytes);
+      zero_tile<2 * Turn + 1>();
+      multiply_int8<2 * Turn + 1, 5, 6 + Turn>();
+      store_dots<2 * Turn + 1>(dots[Turn][1]);
+    }
+  };
+  __m512 acc[kTileRows];
+  for (int m = 0; m < kTileRows; m++) acc[m] = add ? _mm512_load_ps(sums[m]) : _mm512_setzero_ps();
+  const int last = count * Q::groups - 1;
+  multiply.template operator()<0>(0);
+  int step = 0;
+  for (; step < last; step += 2) {
+    multiply.template operator()<1>(step + 1);
+    scale_dots<Q, D>(w, step, dots[0], blocks, stride, acc);
+    multiply.template operator()<0>(step + 2 < last ? step + 2 : last);  // the last of an even number: once in vain
+    scale_dots<Q, D>(w, step + 1, dots[1], blocks, stride, acc);
+  }
+  if (step == last) scale_dots<Q, D>(w, step, dots[0], blocks, stride, acc);
+  for (int m = 0; m < kTileRows; m++) _mm512_store_ps(sums[m], acc[m]);
+}
+
+template <class Q, int D>
+void i8_strips(const Matrix& w, int first, int last, const ReadOn& then, const int8_t* q, const ActBlock* blocks, int rows,
+               float* y, int ldy, bool add) {
+  alignas(64) float sums[kRowBlock][16];
+  Unpacked<Q> unpacked;
+  TileShapes shapes;
+  for (int c = 0; c < 4; c++) shapes.set(c, kTileRows, 64);
+  for (int a = 4; a < 6; a++) shapes.set(a, kTileRows, kTileCols / Q::groups);
+  for (int b = 6; b < 8; b++) shapes.set(b, kTileCols / Q::groups / 4, 64);
+  shapes.use();
+  const int tiles = w.tiles(), fetched = int(w.strip_bytes) / tiles;
+  for (int begin = 0; begin < rows; begin += kRowBlock) {
+    const int taken = rows - begin < kRowBlock ? rows - begin : kRowBlock;
+    for (int s = first; s < last; s++) {
+      const uint8_t *planes = w.strip(s), *scales = planes + w.plane_section;
+      for (int from = 0; from < tiles; from += kDepth) {
+        const int count = tiles - from < kDepth ? tiles - from : kDepth;
+        unpacked.take(planes, scales, from, count, begin ? 0 : fetched, then);
+        for (int m = 0; m < taken; m += kTileRows) {
+          const size_t at = size_t(begin + m) * tiles + from;
+          i8_rows<Q, D>(unpacked, count, q + at * kTileCols * D, blocks + at, tiles, sums + m, from > 0);
+        }
+      }
+      for (int m = 0; m < taken; m++) {
+        float* to = y + size_t(begin + m) * ldy + s * kStripRows;
+        const __m512 sum = _mm512_load_ps(sums[m]);
+        _mm512_storeu_ps(to, add ? _mm512_add_ps(_mm512_loadu_ps(to), sum) : sum);
+      }
+    }
+  }
+}
+
+// Up to 15 rows are the AVX-512 level's: as fast there, without weights unpacked in memory.
+void gemm_i8_tiles(const Matrix& w, int first, int last, const ReadOn& then, int digits, const int8_t* q, const ActBlock* blocks,
+                   int rows, float* y, int ldy, bool add) {
+  const int many = rows / kTileRows * kTileRows;
+  if (many)
+    with_format(w.format, [&](auto format) {
+      using Q = decltype(format);
+      if constexpr (Q::integer)
+        (digits == 1 ? i8_strips<Q, 1> : i8_strips<Q, 2>)(w, first, last, then, q, blocks, many, y, ldy, add);
+    });
+  const size_t at = size_t(many) * w.tiles();
+  if (many < rows)
+    gemm_i8<Avx512>(w, first, last, many ? ReadOn{} : then, digits, q + at * kTileCols * code_bytes(digits), blocks + at,
+                    rows - many, y + size_t(many) * ldy, ldy, add);
+}
+
+// ---- bf16: a panel's pairs are tiles as they lie
+// --------------------------------------------------------------------------------
+
+// Up to 16 rows with `count` steps of the contraction, a multiple of what the shapes take at once; N tiles of columns.
+template <int N>
+inline void bf16_rows(const bf16* a, int lda, const bf16* panel, int depth, int count, float* c, bool add) {
+  constexpr int c_bytes = kPanelCols * int(sizeof(float)), panel_bytes = 2 * kPanelCols * int(sizeof(bf16));
+  // tile registers: 0 to 2 sums, 3 rows, 4 to 6 columns
+  if (add) {
+    load_tile<0>(c, c_bytes);
+    if constexpr (N > 1) load_tile<1>(c + 16, c_bytes);
+    if constexpr (N > 2) load_tile<2>(c + 32, c_bytes);
+  } else {
+    zero_tile<0>();
+    zero_tile<1>();
+    zero_tile<2>();
+  }
+  for (int p = 0; p < count; p += depth) {
+    const bf16* columns = panel + size_t(p) * kPanelCols;
+    load_tile<3>(a + p, lda * int(sizeof(bf16)));
+    load_tile<4>(columns, panel_bytes);
+    multiply_bf16<0, 3, 4>();
+    if constexpr (N > 1) {
+      load_tile<5>(columns + 32, panel_bytes);
+      multiply_bf16<1, 3, 5>();
+    }
+    if constexpr (N > 2) {
+      load_tile<6>(columns + 64, panel_bytes);
+      multiply_bf16<2, 3, 6>();
+    }
+  }
+  store_tile<0>(c, c_bytes);
+  if constexpr (N > 1) store_tile<1>(c + 16, c_bytes);
+  if constexpr (N > 2) store_tile<2>(c + 32, c_bytes);
+}
+
+void gemm_bf16_tiles(const bf16* a, int lda, int rows, const bf16* panel, int count, int columns, float* c, bool add) {
+  settled();
+  TileShapes shapes;
+  auto run = [&]<int N>(int first, int last, int from, int depth, int steps) {
+    if (first == last || !steps) return;
+    const int height = last - first < kTileRows ? last - first : kTileRows;
+    for (int i = 0; i < 3; i++) shapes.set(i, height, 64);
+    shapes.set(3, height, 2 * depth);
+    for (int i = 4; i < 7; i++) shapes.set(i, depth / 2, 64);
+    shapes.use();
+    for (int m = first; m < last; m += height)
+      bf16_rows<N>(a + size_t(m) * lda + from, lda, panel + size_t(from) * kPanelCols, depth, steps, c + size_t(m) * kPanelCols,
+                   add || from > 0);
+  };
+  auto all = [&]<int N>() {
+    const int whole = rows / kTileRows * kTileRows, deep = count / 32 * 32, rest = count - deep;
+    run.template operator()<N>(0, whole, 0, 32, deep);
+    run.template operator()<N>(0, whole, deep, rest, rest);
+    run.template operator()<N>(whole, rows, 0, 32, deep);
+    run.template operator()<N>(whole, rows, deep, rest, rest);
+  };
+  if (columns == 48) all.template operator()<3>();
+  if (columns == 32) all.template operator()<2>();
+  if (columns == 16) all.template operator()<1>();
+  settled();
+}
+
+// ---- limits: the same products, their operands in the first-level cache
+// ---------------------------------------------------------
+
+int64_t peak_tiles(Peak what, int64_t steps) {
+  if (what != Peak::int8 && what != Peak::bf16) return peak<Avx512>(what, steps);
+  constexpr int depth = 64;
+  alignas(64) bf16 rows[kTileRows * depth] = {}, panel[depth * kPanelCols] = {};
+  alignas(64) float sums[kTileRows * kPanelCols] = {};
+  TileShapes shapes;
+  if (what == Peak::int8) {
+    shapes.set(0, kTileRows, 64), shapes.set(1, kTileRows, 64);
+    shapes.set(4, kTileRows, kTileCols), shapes.set(6, kTileCols / 4, 64), shapes.set(7, kTileCols / 4, 64);
+    shapes.use();
+    zero_tile<0>(), zero_tile<1>();
+    for (int64_t i = 0; i < steps; i++) {
+      load_tile<4>(rows, kTileCols);
+      load_tile<6>(panel, 64);
+      multiply_int8<0, 4, 6>();
+      load_tile<7>(panel + 256, 64);
+      multiply_int8<1, 4, 7>();
+    }
+    return steps * 2 * kTileRows * 16 * kTileCols;
+  }
+  for (int i = 0; i < 3; i++) shapes.set(i, kTileRows, 64);
+  for (int i = 3; i < 7; i++) shapes.set(i, kTileRows, 64);
+  shapes.use();
+  for (int64_t i = 0; i < steps; i++) bf16_rows<3>(rows, depth, panel, 32, depth, sums, true);
+  look_at(sums);
+  return steps * kTileRows * kPanelCols * depth;
+}
+
+constexpr Kernels make_tile_kernels() {
+  Kernels k = make_kernels<Avx512>(Level::amx);
+  k.gemm_i8 = gemm_i8_tiles;
+  k.gemm_bf16 = gemm_bf16_tiles;
+  k.peak = peak_tiles;
+  return k;
+}
+
+constexpr Kernels kTable = make_tile_kernels();
+
+}  // namespace
+
+const Kernels* amx_kernels() { return &kTable; }
+
+}  // namespace nomoat
