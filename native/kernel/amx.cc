@@ -1,69 +1,15 @@
 // AVX-512 with tile products, AMX (Sapphire Rapids and later): the products of many rows. Those of few rows, and all else, are
 // the AVX-512 level's.
-//
-// A product of two tile registers adds A[16 rows][64 bytes] times B[16 fours or pairs of the contraction][16 columns] to
-// C[16][16]. B is how a strip's granules and a bf16 panel lie anyway. Intel SDM volume 1, chapter 18.
+// What tiles take as B is how a strip's granules and a bf16 panel lie anyway.
 
-#include "kernel/avx512.h"
+#include "kernel/attend_tiles.h"
+#include "kernel/tiles.h"
 
 namespace nomoat {
 
 namespace {
 
-constexpr int kTileRows = 16;
-
-// The shapes of the eight tile registers. Their contents are gone at the end of the scope: a core that holds none saves power.
-class TileShapes {
- public:
-  TileShapes() = default;
-  TileShapes(const TileShapes&) = delete;
-  ~TileShapes() { _tile_release(); }
-
-  void set(int tile, int rows, int row_bytes) {
-    config_.rows[tile] = uint8_t(rows);
-    config_.row_bytes[tile] = uint16_t(row_bytes);
-  }
-  void use() { _tile_loadconfig(&config_); }
-
- private:
-  struct alignas(64) {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-  } config_;
-};
-
-// Not the intrinsics: GCC's take literals only. A load or store does not tell the compiler what memory it means, which would
-// cost the sums their registers: settled() stands where memory written before is read by what follows.
-template <int T>
-inline void zero_tile() {
-  __asm__ volatile("tilezero %%tmm%c0" ::"i"(T));
-}
-template <int T>
-inline void load_tile(const void* from, int row_bytes) {
-  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(int64_t(row_bytes)), "i"(T));
-}
-template <int T>
-inline void store_tile(void* to, int row_bytes) {
-  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(int64_t(row_bytes)), "i"(T));
-}
-template <int T>
-inline void store_dots(int32_t (&to)[kTileRows][16]) {
-  __asm__ volatile("tilestored %%tmm%c3, (%1,%2,1)" : "=m"(to) : "r"(&to), "r"(int64_t(sizeof(to[0]))), "i"(T));
-}
-inline void settled() { __asm__ volatile("" ::: "memory"); }
-// C += A B of int8
-template <int C, int A, int B>
-inline void multiply_int8() {
-  __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
-}
-template <int C, int A, int B>
-inline void multiply_bf16() {
-  __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
-}
-
-// ---- int8: exact dots, scaled and added in the order of gemm.h, so that the bits are those of every level
-// ----------------------
+// ---- int8: exact dots, scaled and added in the order of gemm.h: the bits are those of every level ---------------------------
 
 constexpr int kDepth = 32;      // of a strip's tiles, how many are unpacked at once: 16 KB
 constexpr int kRowBlock = 128;  // as in gemm_i8
@@ -198,8 +144,7 @@ void gemm_i8_tiles(const Matrix& w, int first, int last, const ReadOn& then, int
                     rows - many, y + size_t(many) * ldy, ldy, add);
 }
 
-// ---- bf16: a panel's pairs are tiles as they lie
-// --------------------------------------------------------------------------------
+// ---- bf16: a panel's pairs are tiles as they lie ------------------------------------------------------------------------------
 
 // Up to 16 rows with `count` steps of the contraction, a multiple of what the shapes take at once; N tiles of columns.
 template <int N>
@@ -261,8 +206,7 @@ void gemm_bf16_tiles(const bf16* a, int lda, int rows, const bf16* panel, int co
   settled();
 }
 
-// ---- limits: the same products, their operands in the first-level cache
-// ---------------------------------------------------------
+// ---- limits: the same products, their operands in the first-level cache -------------------------------------------------------
 
 int64_t peak_tiles(Peak what, int64_t steps) {
   if (what != Peak::int8 && what != Peak::bf16) return peak<Avx512>(what, steps);
@@ -296,6 +240,7 @@ constexpr Kernels make_tile_kernels() {
   Kernels k = make_kernels<Avx512>(Level::amx);
   k.gemm_i8 = gemm_i8_tiles;
   k.gemm_bf16 = gemm_bf16_tiles;
+  k.attend_backward_bf16 = attend_backward_tiles;
   k.peak = peak_tiles;
   return k;
 }

@@ -51,7 +51,7 @@ constexpr Kernels make_kernels(Level level) {
   k.attend_bf16 = attend_bf16<V>;
   k.attend_f32 = attend_f32<V>;
   k.attend_int8 = attend_int8<V>;
-  k.attend_backward = attend_backward<V>;
+  k.attend_backward = k.attend_backward_bf16 = attend_backward<V>;
   k.sum_squares = sum_squares;
   k.adamw = adamw;
   k.peak = peak<V>;

@@ -64,7 +64,7 @@ inline size_t attend_scratch(int rows, int heads, int keys) {
   return size_t(rows) * size_t(heads) * size_t(round_up(keys, 16) + 1);
 }
 
-// One segment and one kv head, all in float32. `scale` is the one that the forward pass put into q. The first `before` keys
+// One segment and one kv head. `scale` is the one that the forward pass put into q. The first `before` keys
 // belong to rows that other segments share: query row i sees keys [0, before + i]. At most kMaxGroup heads.
 struct AttendBackwardArgs {
   const float *q, *out, *d_out;  // [count][heads][dim], q already scaled, stride q_stride
@@ -73,7 +73,7 @@ struct AttendBackwardArgs {
   int count, heads, dim, q_stride, lse_stride, window;
   float scale, cap;
   float* dq;       // [count][heads][dim], stride q_stride
-  float *dk, *dv;  // [before + count rounded up to 8][dim], added to; rows behind the last get zeros added
+  float *dk, *dv;  // [before + count rounded up to 16][dim], added to; rows behind the last get zeros added
   float* scratch;  // attend_backward_scratch(before + count, heads, dim) floats
   int before = 0;
 };
@@ -82,8 +82,8 @@ constexpr int kAttendRows = 4;  // query rows taken together by the attention ke
 constexpr int kMaxGroup = 64;   // query heads that share a kv head
 
 inline int64_t attend_backward_scratch(int key_count, int heads, int dim) {
-  const int64_t keys = round_up(key_count, 16);
-  return 2 * keys * dim + 2 * int64_t(kAttendRows) * heads * keys;
+  const int64_t keys = round_up(key_count, 64), wide = round_up(dim, 32);
+  return 2 * keys * (wide + int64_t(kAttendRows) * heads) + 208 * wide + (14 << 10);  // what attend_tiles.h takes, and more
 }
 
 enum class Peak : int { int8, int16, bf16, f32 };
@@ -167,6 +167,8 @@ struct Kernels {
   void (*attend_f32)(const AttendArgs& args);
   void (*attend_int8)(const AttendArgs& args);
   void (*attend_backward)(const AttendBackwardArgs& args);
+  // the same where training rounds the factors of products to bf16, as this one may
+  void (*attend_backward_bf16)(const AttendBackwardArgs& args);
   // -- optimizer ----------------------------------------------------------------------------------------------------
   double (*sum_squares)(const float* x, int64_t count);
   // AdamW (Loshchilov and Hutter 2019): the bias corrections are folded into `step_size` and `root_correction`

@@ -295,10 +295,10 @@ void put_key_value(Engine& engine, const Heads& h, int row, int position, int kv
   std::memcpy(engine.dv.data<float>() + at, dv, size_t(h.dims.head_dim) * sizeof(float));
 }
 
-// dq, dk, dv of one segment and kv head, in float32. `shared` takes what it adds to the keys and values of a shared prefix,
+// dq, dk, dv of one segment and kv head. `shared` takes what it adds to the keys and values of a shared prefix,
 // [prefix][dim] of each; for the prefix itself that is all of it.
-void backward_task(Engine& engine, const Batch& batch, int index, int kv_head, const Heads& h, const AttentionGradients& g,
-                   float* shared, int thread) {
+void backward_task(Engine& engine, Mode mode, const Batch& batch, int index, int kv_head, const Heads& h,
+                   const AttentionGradients& g, float* shared, int thread) {
   const Segment& s = batch.segments[size_t(index)];
   const int before = index ? batch.prefix : 0, key_count = before + s.count;
   const int dim = h.dims.head_stride(), keys = round_up(key_count, 16), group = h.group;
@@ -333,7 +333,7 @@ void backward_task(Engine& engine, const Batch& batch, int index, int kv_head, c
   a.dk = dk;
   a.dv = dv;
   a.scratch = own + 4 * rows;
-  kernels().attend_backward(a);
+  (mode == Mode::bf16 ? kernels().attend_backward_bf16 : kernels().attend_backward)(a);
   for (int i = 0; i < s.count; i++) {
     const size_t m = size_t(s.row + i);
     for (int head = kv_head * group; head < (kv_head + 1) * group; head++)
@@ -391,7 +391,8 @@ void attend_all_backward(Engine& engine, Mode mode, const Batch& batch, const He
   float* shared = engine.shared.get<float>(size_t(segments) * own.kv_heads * block + 1);
   const AttentionGradients gradients{q, k, v, mixed, d_mixed, tape.lse.data<float>()};
   parallel_for(segments * own.kv_heads, [&](int task, int thread) {
-    backward_task(engine, batch, task / own.kv_heads, task % own.kv_heads, h, gradients, shared + size_t(task) * block, thread);
+    backward_task(engine, mode, batch, task / own.kv_heads, task % own.kv_heads, h, gradients, shared + size_t(task) * block,
+                  thread);
   });
   if (batch.prefix) gather_shared(engine, batch, h, shared, block);
   if (norms) {
