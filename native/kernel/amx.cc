@@ -148,7 +148,7 @@ void gemm_i8_tiles(const Matrix& w, int first, int last, const ReadOn& then, int
 
 // Up to 16 rows with `count` steps of the contraction, a multiple of what the shapes take at once; N tiles of columns.
 template <int N>
-inline void bf16_rows(const bf16* a, int lda, const bf16* panel, int depth, int count, float* c, bool add) {
+inline void bf16_rows(const bf16* a, const bf16* next, int lda, const bf16* panel, int depth, int count, float* c, bool add) {
   constexpr int c_bytes = kPanelCols * int(sizeof(float)), panel_bytes = 2 * kPanelCols * int(sizeof(bf16));
   // tile registers: 0 to 2 sums, 3 rows, 4 to 6 columns
   if (add) {
@@ -162,6 +162,7 @@ inline void bf16_rows(const bf16* a, int lda, const bf16* panel, int depth, int 
   }
   for (int p = 0; p < count; p += depth) {
     const bf16* columns = panel + size_t(p) * kPanelCols;
+    for (int m = 0; m < kTileRows; m++) __builtin_prefetch(next + size_t(m) * lda + p, 0, 3);
     load_tile<3>(a + p, lda * int(sizeof(bf16)));
     load_tile<4>(columns, panel_bytes);
     multiply_bf16<0, 3, 4>();
@@ -190,8 +191,8 @@ void gemm_bf16_tiles(const bf16* a, int lda, int rows, const bf16* panel, int co
     for (int i = 4; i < 7; i++) shapes.set(i, depth / 2, 64);
     shapes.use();
     for (int m = first; m < last; m += height)
-      bf16_rows<N>(a + size_t(m) * lda + from, lda, panel + size_t(from) * kPanelCols, depth, steps, c + size_t(m) * kPanelCols,
-                   add || from > 0);
+      bf16_rows<N>(a + size_t(m) * lda + from, a + size_t(m + 2 * height <= last ? m + height : m) * lda + from, lda,
+                   panel + size_t(from) * kPanelCols, depth, steps, c + size_t(m) * kPanelCols, add || from > 0);
   };
   auto all = [&]<int N>() {
     const int whole = rows / kTileRows * kTileRows, deep = count / 32 * 32, rest = count - deep;
@@ -231,7 +232,7 @@ int64_t peak_tiles(Peak what, int64_t steps) {
   for (int i = 0; i < 3; i++) shapes.set(i, kTileRows, 64);
   for (int i = 3; i < 7; i++) shapes.set(i, kTileRows, 64);
   shapes.use();
-  for (int64_t i = 0; i < steps; i++) bf16_rows<3>(rows, depth, panel, 32, depth, sums, true);
+  for (int64_t i = 0; i < steps; i++) bf16_rows<3>(rows, rows, depth, panel, 32, depth, sums, true);
   look_at(sums);
   return steps * kTileRows * kPanelCols * depth;
 }

@@ -249,72 +249,209 @@ void adapters_int8(Engine& engine, const Activations& x, const LinearJob* jobs, 
   });
 }
 
+// ---- products by panels ------------------------------------------------------------------------------------------------
+
+// c[m, :] += sum_p a[m, p] W[:, p], or W[p, :] when backward
 template <class T>
-void linear_panels(Engine& engine, const Activations& x, const LinearJob* jobs, int count, const Batch& batch, int layer) {
-  std::vector<const float*> u(count, nullptr);
-  std::vector<int> ranks(count, 0);
-  for (int j = 0; j < count; j++) {
-    ranks[j] = widest_rank(batch, layer, jobs[j].target);
-    if (!ranks[j]) continue;
-    const Activations in = input_of(jobs[j], x);
-    float* to = (jobs[j].u ? *jobs[j].u : engine.target_u[jobs[j].target]).get<float>(size_t(x.rows) * ranks[j]) +
-                size_t(jobs[j].row) * ranks[j];
-    u[j] = to;
-    for_adapter_runs(batch, layer, jobs[j], [&](const Lora& lora, int first, int last) {
-      for_shares(last - first, [&](int a, int b, int thread) {
-        project_rows<T>(Ops<T>::of(in) + size_t(first + a) * in.cols, in.cols, b - a, lora.a, lora.lda, jobs[j].w->cols,
-                        lora.rank, lora.scale, to + size_t(first + a) * ranks[j], ranks[j], engine.thread_scratch[thread]);
-      });
-    });
+struct Term {
+  const Matrix* w;
+  const T* a;
+  int lda;
+};
+
+// c[m, :] += sum_r u[m, r] b[r, :] for rows [first, last) of all; b has `cols` columns
+struct LowRank {
+  const float *u, *b;
+  int ldu, ldb, rank, cols, first, last;
+};
+
+// Sums over terms that are written to the same columns of y.
+template <class T>
+struct PanelProduct {
+  std::vector<Term<T>> terms;
+  std::vector<LowRank> low;
+  bool backward, add;
+  int rows, cols;  // of y; columns beyond `cols` become zero
+  float* y;
+  int ldy;
+};
+
+// Rows that meet all panels of a task before the next ones do: 128 x 1,536 bf16 are 384 KB.
+constexpr int kRowBlock = 128;
+// Bytes of panels decoded at once, to stay in a second-level cache beside them.
+constexpr int kDecoded = 384 << 10;
+
+// Panels as one task decodes and multiplies them. The sums of a row do not depend on which panels or rows are taken together.
+template <class T>
+class PanelTask {
+ public:
+  PanelTask(const PanelProduct<T>& product, Buffer& scratch) : p(product) {
+    for (const Term<T>& term : p.terms) {
+      const int depth = p.backward ? term.w->strips() * kStripRows : term.w->tiles() * kTileCols;
+      for (int from = 0; from < depth; from += kPanelDepth) pieces_.push_back({&term, from, std::min(kPanelDepth, depth - from)});
+    }
+    taken_ = std::clamp(int(kDecoded / (kPiece * sizeof(T))), 1, int(pieces_.size()));
+    together_ = int(pieces_.size()) > taken_ ? 1 : std::max(1, int(kDecoded / (kPiece * sizeof(T))) / taken_);
+    for (const LowRank& low : p.low) low_floats_ += size_t(round_up(low.rank, 16)) * kPanelCols;
+    const size_t decoded = size_t(together_) * size_t(taken_) * kPiece * sizeof(T) / sizeof(float);
+    sums_ = scratch.get<float>(decoded + size_t(together_) * low_floats_ + size_t(round_up(p.rows, kRowBlock)) * kPanelCols);
+    panels_ = reinterpret_cast<T*>(sums_ + size_t(round_up(p.rows, kRowBlock)) * kPanelCols);
+    low_ = reinterpret_cast<float*>(panels_ + size_t(together_) * size_t(taken_) * kPiece);
   }
-  struct Tile {
-    int job, column;
-  };
-  std::vector<Tile> tiles;
-  for (int j = 0; j < count; j++)
-    for (int column = 0; column < jobs[j].w->rows; column += kPanelCols) tiles.push_back({j, column});
-  parallel_for(int(tiles.size()), [&](int task, int thread) {
-    const LinearJob& job = jobs[tiles[task].job];
-    const int column = tiles[task].column, rank = ranks[tiles[task].job], depth = job.w->tiles() * kTileCols;
-    const Activations in = input_of(job, x);
-    const size_t panel_floats = size_t(kPanelDepth > rank ? kPanelDepth : round_up(rank, 16)) * kPanelCols;
-    float* c = engine.thread_scratch[thread].get<float>(panel_floats + size_t(in.rows) * kPanelCols);
-    T* panel = reinterpret_cast<T*>(c + size_t(in.rows) * kPanelCols);
-    if (in.q && !job.w->floating()) {
-      Matrix own = *job.w;
-      own.data = own.strip(column / kStripRows);
-      own.rows = std::min(kPanelCols, job.w->rows - column);
-      if (own.strips() * kStripRows < kPanelCols) std::fill_n(c, size_t(in.rows) * kPanelCols, 0.0f);
-      kernels().gemm_i8(own, 0, own.strips(), {}, in.digits, in.q, in.blocks, in.rows, c, kPanelCols, false);
-    } else {
-      for (int from = 0; from < depth; from += kPanelDepth) {
-        const int steps = depth - from < kPanelDepth ? depth - from : kPanelDepth;
-        Ops<T>::panel(*job.w, false, column, from, steps, panel);
-        Ops<T>::gemm(Ops<T>::of(in) + from, in.cols, in.rows, panel, steps, kPanelCols, c, from > 0);
+
+  // Columns [column, last) of y.
+  void run(int column, int last) {
+    for (; column < last; column += together_ * kPanelCols) {
+      const int end = std::min(last, column + together_ * kPanelCols);
+      for (int c = column, i = 0; c < end; c += kPanelCols, i++) take_low(c, i);
+      for (size_t begin = 0; begin < pieces_.size(); begin += size_t(taken_)) {
+        const size_t count = std::min(size_t(taken_), pieces_.size() - begin);
+        for (int c = column, i = 0; c < end; c += kPanelCols, i++)
+          for (size_t k = 0; k < count; k++) {
+            const Piece& piece = pieces_[begin + k];
+            Ops<T>::panel(*piece.term->w, p.backward, c, piece.from, piece.count, panel(i, k));
+          }
+        const bool complete = begin + count == pieces_.size();
+        for (int row = 0; row < p.rows; row += kRowBlock)
+          for (int c = column, i = 0; c < end; c += kPanelCols, i++) {
+            const int rows = std::min(kRowBlock, p.rows - row);
+            float* sums = begin == 0 && complete ? sums_ : sums_ + size_t(row) * kPanelCols;
+            for (size_t k = 0; k < count; k++) {
+              const Piece& piece = pieces_[begin + k];
+              Ops<T>::gemm(piece.term->a + size_t(row) * piece.term->lda + piece.from, piece.term->lda, rows, panel(i, k),
+                           piece.count, kPanelCols, sums, begin + k > 0);
+            }
+            if (complete) put(c, i, row, rows, sums);
+          }
       }
     }
-    if (rank) {
-      float* plain = reinterpret_cast<float*>(panel);
-      for_adapter_runs(batch, layer, job, [&](const Lora& lora, int first, int last) {
-        const float* own = u[tiles[task].job] + size_t(first) * rank;
-        kernels().plain_panel_f32(lora.bt, lora.ldb, lora.rank, job.w->rows, true, column, 0, round_up(lora.rank, 16), plain);
-        kernels().gemm_f32(own, rank, last - first, plain, lora.rank, kPanelCols, c + size_t(first) * kPanelCols, true);
-      });
+  }
+
+  // Columns [column, last) of y by int8 products with two digits, in place of the only term's.
+  void run_int8(const Activations& x, int column, int last) {
+    for (; column < last; column += kPanelCols) {
+      take_low(column, 0);
+      Matrix own = *p.terms[0].w;
+      own.data = own.strip(column / kStripRows);
+      own.rows = std::min(kPanelCols, own.rows - column);
+      if (own.strips() * kStripRows < kPanelCols) std::fill_n(sums_, size_t(x.rows) * kPanelCols, 0.0f);
+      kernels().gemm_i8(own, 0, own.strips(), {}, x.digits, x.q, x.blocks, x.rows, sums_, kPanelCols, false);
+      put(column, 0, 0, x.rows, sums_);
     }
-    const int width = job.ldy - column < kPanelCols ? job.ldy - column : kPanelCols;
-    for (int m = 0; m < in.rows; m++) {
-      float* y = job.y + size_t(m) * job.ldy + column;
-      const float* own = c + size_t(m) * kPanelCols;
-      if (job.add)
+  }
+
+ private:
+  static constexpr int kPiece = kPanelDepth * kPanelCols;
+  struct Piece {
+    const Term<T>* term;
+    int from, count;
+  };
+
+  const PanelProduct<T>& p;
+  std::vector<Piece> pieces_;
+  int taken_, together_;  // pieces decoded at once, and panels: several only where all pieces of each are
+  size_t low_floats_ = 0;
+  float* sums_;
+  T* panels_;
+  float* low_;
+
+  T* panel(int index, size_t piece) { return panels_ + (size_t(index) * size_t(taken_) + piece) * kPiece; }
+
+  void take_low(int column, int index) {
+    float* to = low_ + size_t(index) * low_floats_;
+    for (const LowRank& low : p.low) {
+      const int depth = round_up(low.rank, 16);
+      kernels().plain_panel_f32(low.b, low.ldb, low.rank, low.cols, true, column, 0, depth, to);
+      to += size_t(depth) * kPanelCols;
+    }
+  }
+
+  // Adds the adapters of rows [row, row + rows) and writes them.
+  void put(int column, int index, int row, int rows, float* sums) {
+    const float* b = low_ + size_t(index) * low_floats_;
+    for (const LowRank& low : p.low) {
+      const int first = std::max(row, low.first), last = std::min(row + rows, low.last);
+      if (first < last)
+        kernels().gemm_f32(low.u + size_t(first) * low.ldu, low.ldu, last - first, b, low.rank, kPanelCols,
+                           sums + size_t(first - row) * kPanelCols, true);
+      b += size_t(round_up(low.rank, 16)) * kPanelCols;
+    }
+    const int width = std::min(kPanelCols, p.ldy - column);
+    for (int m = 0; m < rows; m++) {
+      float* y = p.y + size_t(row + m) * p.ldy + column;
+      const float* own = sums + size_t(m) * kPanelCols;
+      if (p.add)
         for (int i = 0; i < width; i++) y[i] += own[i];
       else
         std::memcpy(y, own, size_t(width) * sizeof(float));
     }
-    if (!job.add && column + kPanelCols >= job.w->rows) clear_padding(job.y, in.rows, column + width, job.ldy);
+    if (!p.add && column + kPanelCols >= p.cols) clear_padding(p.y + size_t(row) * p.ldy, rows, column + width, p.ldy);
+  }
+};
+
+// All of them on all threads, neighbouring panels as one task where there are enough.
+template <class T>
+void multiply_panels(Engine& engine, const std::vector<PanelProduct<T>>& products, const Activations* int8) {
+  struct Task {
+    const PanelProduct<T>* product;
+    int column, last;
+  };
+  constexpr int kMost = 4;
+  int all = 0;
+  for (const PanelProduct<T>& p : products) all += (p.cols + kPanelCols - 1) / kPanelCols;
+  const int width = std::clamp(all / (2 * threads()), 1, kMost) * kPanelCols;
+  std::vector<Task> tasks;
+  for (const PanelProduct<T>& p : products)
+    for (int column = 0; column < p.cols; column += width) tasks.push_back({&p, column, std::min(column + width, p.cols)});
+  parallel_for(int(tasks.size()), [&](int index, int thread) {
+    const Task& t = tasks[size_t(index)];
+    PanelTask<T> task(*t.product, engine.thread_scratch[size_t(thread)]);
+    if (int8 && !t.product->terms[0].w->floating())
+      task.run_int8(int8[t.product - products.data()], t.column, t.last);
+    else
+      task.run(t.column, t.last);
   });
 }
 
-// ---- backward ---------------------------------------------------------------------------------------------------------
+template <class T>
+void linear_panels(Engine& engine, const Activations& x, const LinearJob* jobs, int count, const Batch& batch, int layer) {
+  std::vector<PanelProduct<T>> products;
+  std::vector<Activations> inputs;
+  for (int j = 0; j < count; j++) {
+    const LinearJob& job = jobs[j];
+    const Activations& in = inputs.emplace_back(input_of(job, x));
+    PanelProduct<T>& product = products.emplace_back();
+    product = {{{job.w, Ops<T>::of(in), in.cols}}, {}, false, job.add, in.rows, job.w->rows, job.y, job.ldy};
+    const int widest = widest_rank(batch, layer, job.target);
+    if (!widest) continue;
+    float* u = (job.u ? *job.u : engine.target_u[job.target]).get<float>(size_t(x.rows) * widest) + size_t(job.row) * widest;
+    for_adapter_runs(batch, layer, job, [&](const Lora& lora, int first, int last) {
+      for_shares(last - first, [&](int a, int b, int thread) {
+        project_rows<T>(Ops<T>::of(in) + size_t(first + a) * in.cols, in.cols, b - a, lora.a, lora.lda, job.w->cols, lora.rank,
+                        lora.scale, u + size_t(first + a) * widest, widest, engine.thread_scratch[thread]);
+      });
+      product.low.push_back({u, lora.bt, widest, lora.ldb, lora.rank, job.w->rows, first, last});
+    });
+  }
+  multiply_panels(engine, products, x.q ? inputs.data() : nullptr);
+}
+
+// da and dbt of one linear, from the gradients du and dy.
+template <class T>
+void adapter_gradients(const Activations& x, const LinearBackwardJob& job, const Lora& lora, const T* dy, const float* du) {
+  constexpr int chunk = 64;
+  const int trained = lora.rank - lora.trained, a_chunks = (job.w->cols + chunk - 1) / chunk,
+            b_chunks = (job.w->rows + chunk - 1) / chunk;
+  parallel_for(a_chunks + b_chunks, [&](int task, int) {
+    const bool is_a = task < a_chunks;
+    const int width = is_a ? job.w->cols : job.w->rows, first = (is_a ? task : task - a_chunks) * chunk,
+              last = std::min(first + chunk, width);
+    if (is_a)
+      Ops<T>::outer(du + lora.trained, lora.rank, trained, Ops<T>::of(x), x.cols, x.rows, first, last, lora.da, lora.lda);
+    else
+      Ops<T>::outer(job.u + lora.trained, lora.rank, trained, dy, job.ldy, x.rows, first, last, lora.dbt, lora.ldb);
+  });
+}
 
 template <class T>
 void backward_panels(Engine& engine, const Activations& x, const LinearBackwardJob* jobs, int count, const Batch& batch,
@@ -324,76 +461,34 @@ void backward_panels(Engine& engine, const Activations& x, const LinearBackwardJ
     total += size_t(x.rows) * jobs[j].ldy;
     if (const Lora* lora = lora_of(batch.lora(), layer, jobs[j].target)) total_u += size_t(x.rows) * lora->rank;
   }
+  const int width = jobs[0].w->cols;
   T* low = std::is_same_v<T, bf16> ? engine.dy_low.get<T>(total) : nullptr;
-  float* du_all = engine.du.get<float>(total_u + 1);
-  std::vector<const T*> dy(count);
-  std::vector<float*> du(count, nullptr);
+  float* du = engine.du.get<float>(total_u + 1);
+  std::vector<PanelProduct<T>> products{{{}, {}, true, false, x.rows, width, dx, ldx}};
   for (int j = 0; j < count; j++) {
     const LinearBackwardJob& job = jobs[j];
+    const T* dy;
     if constexpr (std::is_same_v<T, bf16>) {
       for_rows(x.rows, 32, [&](int a, int b) {
         kernels().to_bf16(job.dy + size_t(a) * job.ldy, (b - a) * job.ldy, low + size_t(a) * job.ldy);
       });
-      dy[j] = low;
+      dy = low;
       low += size_t(x.rows) * job.ldy;
     } else {
-      dy[j] = job.dy;
+      dy = job.dy;
     }
+    products[0].terms.push_back({job.w, dy, job.ldy});
     const Lora* lora = lora_of(batch.lora(), layer, job.target);
     if (!lora) continue;
-    du[j] = du_all;
-    du_all += size_t(x.rows) * lora->rank;
     for_shares(x.rows, [&](int a, int b, int thread) {
-      project_rows<T>(dy[j] + size_t(a) * job.ldy, job.ldy, b - a, lora->bt, lora->ldb, job.w->rows, lora->rank, lora->scale,
-                      du[j] + size_t(a) * lora->rank, lora->rank, engine.thread_scratch[thread]);
+      project_rows<T>(dy + size_t(a) * job.ldy, job.ldy, b - a, lora->bt, lora->ldb, job.w->rows, lora->rank, lora->scale,
+                      du + size_t(a) * lora->rank, lora->rank, engine.thread_scratch[thread]);
     });
-    if (!lora->da) continue;
-    constexpr int chunk = 64;
-    const int trained = lora->rank - lora->trained, a_chunks = (job.w->cols + chunk - 1) / chunk,
-              b_chunks = (job.w->rows + chunk - 1) / chunk;
-    parallel_for(a_chunks + b_chunks, [&](int task, int) {
-      const bool is_a = task < a_chunks;
-      const int width = is_a ? job.w->cols : job.w->rows, first = (is_a ? task : task - a_chunks) * chunk,
-                last = width < first + chunk ? width : first + chunk;
-      const float* left = (is_a ? du[j] : job.u) + lora->trained;
-      float* out = (is_a ? lora->da : lora->dbt);
-      if (is_a)
-        Ops<T>::outer(left, lora->rank, trained, Ops<T>::of(x), x.cols, x.rows, first, last, out, lora->lda);
-      else
-        Ops<T>::outer(left, lora->rank, trained, dy[j], job.ldy, x.rows, first, last, out, lora->ldb);
-    });
+    products[0].low.push_back({du, lora->a, lora->rank, lora->lda, lora->rank, width, 0, x.rows});
+    if (lora->da) adapter_gradients<T>(x, job, *lora, dy, du);
+    du += size_t(x.rows) * lora->rank;
   }
-  if (!dx) return;
-  const int width = jobs[0].w->cols, tiles = (width + kPanelCols - 1) / kPanelCols;
-  parallel_for(tiles, [&](int task, int thread) {
-    const int column = task * kPanelCols;
-    int deepest = kPanelDepth;
-    for (int j = 0; j < count; j++)
-      if (const Lora* lora = lora_of(batch.lora(), layer, jobs[j].target))
-        deepest = lora->rank > deepest ? round_up(lora->rank, 16) : deepest;
-    float* c = engine.thread_scratch[thread].get<float>(size_t(deepest) * kPanelCols + size_t(x.rows) * kPanelCols);
-    T* panel = reinterpret_cast<T*>(c + size_t(x.rows) * kPanelCols);
-    bool add = false;
-    for (int j = 0; j < count; j++) {
-      const LinearBackwardJob& job = jobs[j];
-      const int depth = job.w->strips() * kStripRows;
-      for (int from = 0; from < depth; from += kPanelDepth) {
-        const int steps = depth - from < kPanelDepth ? depth - from : kPanelDepth;
-        Ops<T>::panel(*job.w, true, column, from, steps, panel);
-        Ops<T>::gemm(dy[j] + from, job.ldy, x.rows, panel, steps, kPanelCols, c, add);
-        add = true;
-      }
-      if (const Lora* lora = lora_of(batch.lora(), layer, job.target)) {
-        float* plain = reinterpret_cast<float*>(panel);
-        kernels().plain_panel_f32(lora->a, lora->lda, lora->rank, width, true, column, 0, round_up(lora->rank, 16), plain);
-        kernels().gemm_f32(du[j], lora->rank, x.rows, plain, lora->rank, kPanelCols, c, true);
-      }
-    }
-    const int used = ldx - column < kPanelCols ? ldx - column : kPanelCols;
-    for (int m = 0; m < x.rows; m++)
-      std::memcpy(dx + size_t(m) * ldx + column, c + size_t(m) * kPanelCols, size_t(used) * sizeof(float));
-    if (task == tiles - 1) clear_padding(dx, x.rows, column + used, ldx);
-  });
+  if (dx) multiply_panels<T>(engine, products, nullptr);
 }
 
 // Of the profile: products that share their input are one stage.
