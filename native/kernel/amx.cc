@@ -66,30 +66,36 @@ inline void i8_rows(const Unpacked<Q>& w, int count, const int8_t* q, const ActB
                     bool add) {
   constexpr int group_bytes = kTileCols / Q::groups;
   alignas(64) int32_t dots[2][D][kTileRows][16];
+  const int last = count * Q::groups - 1, row_bytes = stride * kTileCols * D;
   auto multiply = [&]<int Turn>(int step) {  // tile registers: 0 to 3 dots, 4 and 5 activations, 6 and 7 weights
+    if (step > last) return;
     const int8_t* x = q + size_t(step / Q::groups) * kTileCols * D + step % Q::groups * group_bytes;
-    const int row_bytes = stride * kTileCols * D;
     load_tile<6 + Turn>(w.codes[0][0] + size_t(step) * 16 * group_bytes, 64);
     load_tile<4>(x, row_bytes);
     zero_tile<2 * Turn>();
     multiply_int8<2 * Turn, 4, 6 + Turn>();
-    store_dots<2 * Turn>(dots[Turn][0]);
     if constexpr (D == 2) {
       load_tile<5>(x + kTileCols, row_bytes);
       zero_tile<2 * Turn + 1>();
       multiply_int8<2 * Turn + 1, 5, 6 + Turn>();
-      store_dots<2 * Turn + 1>(dots[Turn][1]);
     }
+  };
+  auto store = [&]<int Turn>() {
+    store_dots<2 * Turn>(dots[Turn][0]);
+    if constexpr (D == 2) store_dots<2 * Turn + 1>(dots[Turn][D - 1]);
   };
   __m512 acc[kTileRows];
   for (int m = 0; m < kTileRows; m++) acc[m] = add ? _mm512_load_ps(sums[m]) : _mm512_setzero_ps();
-  const int last = count * Q::groups - 1;
   multiply.template operator()<0>(0);
+  multiply.template operator()<1>(1);
+  store.template operator()<0>();
   int step = 0;
   for (; step < last; step += 2) {
-    multiply.template operator()<1>(step + 1);
+    multiply.template operator()<0>(step + 2);
+    store.template operator()<1>();
     scale_dots<Q, D>(w, step, dots[0], blocks, stride, acc);
-    multiply.template operator()<0>(step + 2 < last ? step + 2 : last);  // the last of an even number: once in vain
+    multiply.template operator()<1>(step + 3);
+    store.template operator()<0>();
     scale_dots<Q, D>(w, step + 1, dots[1], blocks, stride, acc);
   }
   if (step == last) scale_dots<Q, D>(w, step, dots[0], blocks, stride, acc);

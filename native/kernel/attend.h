@@ -193,6 +193,8 @@ void attend(const AttendArgs& a) {
     if (a.part != AttendPart::weights || (a.begin <= r && r < a.end)) AttendRows<V, T, R>(a, r, padded).run();
   };
   int r = 0;
+  if constexpr (V::W == 16)  // whose 32 registers hold the sums of eight rows
+    for (; r + 8 <= total; r += 8) run.template operator()<8>(r);
   for (; r + 4 <= total; r += 4) run.template operator()<4>(r);
   for (; r + 3 <= total; r += 3) run.template operator()<3>(r);
   for (; r < total; r++) run.template operator()<1>(r);
