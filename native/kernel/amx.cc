@@ -14,6 +14,19 @@ namespace {
 constexpr int kDepth = 32;      // of a strip's tiles, how many are unpacked at once: 16 KB
 constexpr int kRowBlock = 128;  // as in gemm_i8
 
+// What the first rows of a strip fetch ahead with each step, as i8_tile does: `bytes` from `at` on.
+struct Ahead {
+  const uint8_t* at;
+  int bytes;
+  const ReadOn& then;
+
+  void fetch(int step) const {
+    const uint8_t* from = at + size_t(step) * bytes;
+    if (then.next && from >= then.end) from = then.next + (from - then.end);
+    for (int line = 0; line < bytes; line += 64) __builtin_prefetch(from + line, 0, 2);
+  }
+};
+
 // The weights of a strip as int8, and their scales.
 template <class Q>
 struct Unpacked {
@@ -21,12 +34,9 @@ struct Unpacked {
   alignas(64) int8_t codes[kDepth][8][64];
   alignas(64) float scale[steps][16], min[Q::has_min ? steps : 1][16];
 
-  void take(const uint8_t* planes, const uint8_t* scales, int from, int count, int fetched, const ReadOn& then) {
+  void take(const uint8_t* planes, const uint8_t* scales, int from, int count) {
     for (int t = 0; t < count; t++) {
       const uint8_t* plane = planes + size_t(from + t) * Q::plane_bytes;
-      const uint8_t* ahead = planes + size_t(from + t) * fetched + kAhead;
-      if (then.next && ahead >= then.end) ahead = then.next + (ahead - then.end);
-      for (int line = 0; line < fetched; line += 64) __builtin_prefetch(ahead + line, 0, 2);
       constexpr int zero = Q::top > 127 ? 128 : Q::zero;
       unrolled<8>([&]<int g>() {
         __m512i w = Q::template granule<Avx512, g>(plane, 0);
@@ -62,8 +72,8 @@ inline void scale_dots(const Unpacked<Q>& w, int step, const int32_t (&dots)[D][
 // sums[m][r] (+)= 16 rows of activations times `count` tiles of weights. A step is a group of columns with one scale; while the
 // tile registers multiply those of one step, vectors scale and add those of the step before. `stride`: tiles of a row.
 template <class Q, int D>
-inline void i8_rows(const Unpacked<Q>& w, int count, const int8_t* q, const ActBlock* blocks, int stride, float (*sums)[16],
-                    bool add) {
+inline void i8_rows(const Unpacked<Q>& w, int count, const int8_t* q, const ActBlock* blocks, int stride, const Ahead& ahead,
+                    float (*sums)[16], bool add) {
   constexpr int group_bytes = kTileCols / Q::groups;
   alignas(64) int32_t dots[2][D][kTileRows][16];
   const int last = count * Q::groups - 1, row_bytes = stride * kTileCols * D;
@@ -91,9 +101,11 @@ inline void i8_rows(const Unpacked<Q>& w, int count, const int8_t* q, const ActB
   store.template operator()<0>();
   int step = 0;
   for (; step < last; step += 2) {
+    ahead.fetch(step);
     multiply.template operator()<0>(step + 2);
     store.template operator()<1>();
     scale_dots<Q, D>(w, step, dots[0], blocks, stride, acc);
+    ahead.fetch(step + 1);
     multiply.template operator()<1>(step + 3);
     store.template operator()<0>();
     scale_dots<Q, D>(w, step + 1, dots[1], blocks, stride, acc);
@@ -112,17 +124,18 @@ void i8_strips(const Matrix& w, int first, int last, const ReadOn& then, const i
   for (int a = 4; a < 6; a++) shapes.set(a, kTileRows, kTileCols / Q::groups);
   for (int b = 6; b < 8; b++) shapes.set(b, kTileCols / Q::groups / 4, 64);
   shapes.use();
-  const int tiles = w.tiles(), fetched = int(w.strip_bytes) / tiles;
+  const int tiles = w.tiles(), step_bytes = int(w.strip_bytes) / (tiles * Q::groups);
   for (int begin = 0; begin < rows; begin += kRowBlock) {
     const int taken = rows - begin < kRowBlock ? rows - begin : kRowBlock;
     for (int s = first; s < last; s++) {
       const uint8_t *planes = w.strip(s), *scales = planes + w.plane_section;
       for (int from = 0; from < tiles; from += kDepth) {
         const int count = tiles - from < kDepth ? tiles - from : kDepth;
-        unpacked.take(planes, scales, from, count, begin ? 0 : fetched, then);
+        unpacked.take(planes, scales, from, count);
         for (int m = 0; m < taken; m += kTileRows) {
           const size_t at = size_t(begin + m) * tiles + from;
-          i8_rows<Q, D>(unpacked, count, q + at * kTileCols * D, blocks + at, tiles, sums + m, from > 0);
+          const Ahead ahead{planes + size_t(from * Q::groups) * step_bytes + kAhead, begin + m ? 0 : step_bytes, then};
+          i8_rows<Q, D>(unpacked, count, q + at * kTileCols * D, blocks + at, tiles, ahead, sums + m, from > 0);
         }
       }
       for (int m = 0; m < taken; m++) {
