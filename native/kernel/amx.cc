@@ -260,6 +260,7 @@ constexpr Kernels make_tile_kernels() {
   Kernels k = make_kernels<Avx512>(Level::amx);
   k.gemm_i8 = gemm_i8_tiles;
   k.gemm_bf16 = gemm_bf16_tiles;
+  k.attend_bf16 = attend_tiles;
   k.attend_backward_bf16 = attend_backward_tiles;
   k.peak = peak_tiles;
   return k;
