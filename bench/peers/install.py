@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -49,9 +50,12 @@ class Peer:
 
 #: All instruction sets of this machine.
 NATIVE = "-DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON"
+#: But AMX in llama.cpp: compiled by GCC 12, this version ends with a segmentation fault at `ldtilecfg` in its first product.
+WITHOUT_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+NO_AMX = f" -DCMAKE_C_FLAGS='{WITHOUT_AMX}' -DCMAKE_CXX_FLAGS='{WITHOUT_AMX}'" if platform.machine() == "x86_64" else ""
 PEERS = {
     # llama.cpp's own thread pool, because OpenMP's waiting threads take the cores of whatever is measured next; no image models
-    "llama.cpp": Peer("", "llama-cpp-python", "0.3.36", f"{NATIVE} -DGGML_OPENMP=OFF -DLLAVA_BUILD=OFF"),
+    "llama.cpp": Peer("", "llama-cpp-python", "0.3.36", f"{NATIVE}{NO_AMX} -DGGML_OPENMP=OFF -DLLAVA_BUILD=OFF"),
     # no thread pool of its own: without OpenMP it starts and joins its threads for every graph; attention kernels for caches
     # of 4 bits, which take most of the time to compile, are not measured; the tool llama-quantize lacks a file in this version
     "ik_llama.cpp": Peer(
