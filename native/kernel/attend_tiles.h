@@ -9,10 +9,10 @@
 namespace nomoat {
 namespace {
 
-// ---- forward: 16 virtual rows at a time. A row adds its keys by 32 whose first is a multiple of 32, so that its bits do not
-// depend on the rows taken with it
-// -----------------------------------------------------------------------------------------------
+// ---- forward ------------------------------------------------------------------------------------------------------------------
 
+// 16 virtual rows at a time. A row adds its keys by 32s that begin at a multiple of 32, so that its bits do not depend on the
+// rows taken with it.
 class AttendTiles {
  public:
   explicit AttendTiles(const AttendArgs& args) : a(args) {}
@@ -188,9 +188,9 @@ class AttendTiles {
 
 void attend_tiles(const AttendArgs& args) { AttendTiles(args).run(); }
 
-// ---- backward. Scores are computed as [keys][rows], lanes being rows: then the softmax's two sums a row are vectors, and no
-// factor of a product is a product's transpose
-// -----------------------------------------------------------------------------------------
+// ---- backward -----------------------------------------------------------------------------------------------------------------
+// Scores are computed as [keys][rows], lanes being rows: then what the softmax knows of a row are vectors, and no product needs
+// the transpose of another's result.
 
 // A factor of a product of tiles: tile i of its rows (or columns, of the right one), step s of 32 of the contraction, begins at
 // data + i * next + s * step.
