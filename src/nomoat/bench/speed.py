@@ -21,7 +21,8 @@ from nomoat.hub import fit
 from nomoat.models.spec import ModelSpec, layer_and_part
 from nomoat.train.optimizer import AdamW
 
-#: Bytes that are read to find the bandwidth of main memory, however large the model is.
+#: Bytes from which on the model itself is read to find the bandwidth: of less that is read again and again, a third-level cache
+#: may keep as much as it keeps of the model.
 LARGEST_READ = 512 * roofline.MEGABYTE
 
 
@@ -173,10 +174,25 @@ def _batch(
     keys = fit.kv_bytes_per_token(model.spec, model.kv_type) * (prompt + tokens / 2)
     size = (weight_bytes(model) + adapters) / streams + keys
     products = model.spec.active_linears() + head_weights(model)
-    limits = {"memory": roofline.read_bandwidth(int(min(size * streams, LARGEST_READ))) / size}
+    limits = {"memory": _read_bandwidth(model, int(size * streams)) / size}
     if streams > 1:
         limits["int8"] = roofline.multiply_adds("int8") / products
     return Speed(work, [streams * tokens / s for s in seconds], size, products, limits, whole, stages)
+
+
+def _read_bandwidth(model: Model, size: int) -> float:
+    """Bytes per second at which all threads read `size` bytes over and over: memory of its own, or the weights in turn."""
+    if size <= LARGEST_READ:
+        return roofline.read_bandwidth(size)
+    weights = [tensor.data for tensor in model.weights.tensors.values() if tensor.data.nbytes > roofline.MEGABYTE]
+
+    def read(times: int) -> float:
+        for _ in range(times):
+            for data in weights:
+                _native.read_all(data)
+        return float(times * sum(data.nbytes for data in weights))
+
+    return roofline.best_rate(read)
 
 
 def prefill(model: Model, *, tokens: int, rounds: int) -> Speed:
