@@ -159,7 +159,7 @@ struct Kernels {
   void (*axpy)(const float* y, float factor, int count, float* x);
   // returns log(sum(exp(x)))
   float (*log_sum_exp)(const float* x, int count);
-  // out[i] = factor * (exp(x[i] - lse)), bf16 or float
+  // out[i] = factor * (exp(x[i] - lse)), bf16 or float; out may be x
   void (*softmax_bf16)(const float* x, float lse, float factor, int count, bf16* out);
   void (*softmax_f32)(const float* x, float lse, float factor, int count, float* out);
   // -- attention ----------------------------------------------------------------------------------------------------

@@ -236,7 +236,12 @@ struct LinearBackwardJob {
   const float* dy;  // [rows][ldy], padding zero
   int ldy;
   const float* u;  // from the tape; null without adapters
+  // dy as bf16, where it is there already, with its own stride; then dy is null. Only where low_products
+  const bf16* dy_low = nullptr;
 };
+
+// Whether products round their factors to bf16; where not, the mode says what the tape and the cache hold.
+inline bool low_products(Mode mode) { return mode == Mode::bf16 && kernels().bf16_dots; }
 
 // dx (+)= sum over jobs of dy W + adapters; accumulates da and dbt. `x` is the forward input. dx may be null (not needed).
 void linear_backward(Engine& engine, const Activations& x, const LinearBackwardJob* jobs, int count, const Batch& batch,

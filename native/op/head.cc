@@ -5,13 +5,14 @@
 #include <cmath>
 
 #include "op/engine.h"
+#include "quant/half.h"
 
 namespace nomoat {
 
 namespace {
 
-// Rows whose logits are alive at once: 128 x 49,152 floats are 25 MB.
-constexpr int kChunk = 128;
+// Rows whose logits are alive at once: 192 x 49,152 floats are 38 MB. Each chunk decodes the head's weights twice.
+constexpr int kChunk = 192;
 
 const float* gather_normed(Engine& engine, const float* x, const int32_t* rows, int count) {
   const int width = padded(engine.dims.width);
@@ -42,20 +43,33 @@ Activations project(Engine& engine, Mode mode, const float* h, int count, float*
   return input;
 }
 
-// dlogits = d_logp * (onehot(target) - softmax(logits)), times the slopes of cap and scale, in place of the logits.
-void logits_backward(Engine& engine, float* logits, const float* lse, const int32_t* targets, const float* d_logp, int count) {
+// dlogits = d_logp * (onehot(target) - softmax(logits)), times the slopes of cap and scale, in place of the logits. With `low`
+// they are bf16, at the beginning of each row.
+void logits_backward(Engine& engine, bool low, float* logits, const float* lse, const int32_t* targets, const float* d_logp,
+                     int count) {
   const int vocab = padded(engine.dims.vocab);
   const float cap = engine.dims.logit_cap;
   parallel_for(count, [&](int i, int thread) {
     float* row = logits + size_t(i) * vocab;
+    const float logp = row[targets[i]] - lse[i], factor = d_logp[i] * engine.dims.logit_scale,
+                of_target = factor * -std::expm1(logp);
+    if (low && cap == 0) {
+      bf16* d = reinterpret_cast<bf16*>(row);
+      kernels().softmax_bf16(row, lse[i], -factor, vocab, d);  // what it writes it has read
+      d[targets[i]] = float_to_bf16(of_target);
+      std::fill(d + engine.dims.vocab, d + vocab, bf16(0));
+      return;
+    }
     float* d = cap != 0 ? engine.thread_scratch[size_t(thread)].get<float>(size_t(vocab)) : row;
-    const float logp = row[targets[i]] - lse[i], factor = d_logp[i] * engine.dims.logit_scale;
     kernels().softmax_f32(row, lse[i], -factor, vocab, d);
-    d[targets[i]] = factor * -std::expm1(logp);
-    for (int t = engine.dims.vocab; t < vocab; t++) d[t] = 0;
+    d[targets[i]] = of_target;
+    std::fill(d + engine.dims.vocab, d + vocab, 0.0f);
     if (cap == 0) return;
     kernels().soft_cap_backward(row, cap, vocab, d);
-    std::memcpy(row, d, size_t(vocab) * sizeof(float));
+    if (low)
+      kernels().to_bf16(d, vocab, reinterpret_cast<bf16*>(row));
+    else
+      std::memcpy(row, d, size_t(vocab) * sizeof(float));
   });
 }
 
@@ -82,9 +96,11 @@ void head_logprobs(Engine& engine, Mode mode, const float* x, const int32_t* row
       }
     });
     if (!d_logp) continue;
-    logits_backward(engine, logits, lse, targets + first, d_logp + first, n);
+    const bool low = low_products(mode);
+    logits_backward(engine, low, logits, lse, targets + first, d_logp + first, n);
     const Batch plain;
-    const LinearBackwardJob job[] = {{&engine.head, kTargets, logits, vocab, nullptr}};
+    LinearBackwardJob job[] = {{&engine.head, kTargets, logits, vocab, nullptr}};
+    if (low) job[0] = {&engine.head, kTargets, nullptr, 2 * vocab, nullptr, reinterpret_cast<const bf16*>(logits)};
     float* dh = engine.head_dx.get<float>(size_t(n) * width);
     linear_backward(engine, input, job, 1, plain, 0, dh, width);
     for (int i = 0; i < n; i++) {

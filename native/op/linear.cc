@@ -458,7 +458,7 @@ void backward_panels(Engine& engine, const Activations& x, const LinearBackwardJ
                      int layer, float* dx, int ldx) {
   size_t total = 0, total_u = 0;
   for (int j = 0; j < count; j++) {
-    total += size_t(x.rows) * jobs[j].ldy;
+    if (!jobs[j].dy_low) total += size_t(x.rows) * jobs[j].ldy;
     if (const Lora* lora = lora_of(batch.lora(), layer, jobs[j].target)) total_u += size_t(x.rows) * lora->rank;
   }
   const int width = jobs[0].w->cols;
@@ -469,11 +469,13 @@ void backward_panels(Engine& engine, const Activations& x, const LinearBackwardJ
     const LinearBackwardJob& job = jobs[j];
     const T* dy;
     if constexpr (std::is_same_v<T, bf16>) {
-      for_rows(x.rows, 32, [&](int a, int b) {
-        kernels().to_bf16(job.dy + size_t(a) * job.ldy, (b - a) * job.ldy, low + size_t(a) * job.ldy);
-      });
-      dy = low;
-      low += size_t(x.rows) * job.ldy;
+      dy = job.dy_low ? job.dy_low : low;
+      if (!job.dy_low) {
+        for_rows(x.rows, 32, [&](int a, int b) {
+          kernels().to_bf16(job.dy + size_t(a) * job.ldy, (b - a) * job.ldy, low + size_t(a) * job.ldy);
+        });
+        low += size_t(x.rows) * job.ldy;
+      }
     } else {
       dy = job.dy;
     }
@@ -515,9 +517,6 @@ StageNames stage_of(int target) {
       return {"head", "head: backward"};  // and routers
   }
 }
-
-// Whether products round their factors to bf16; where not, the mode says what the tape and the cache hold.
-bool low_products(Mode mode) { return mode == Mode::bf16 && kernels().bf16_dots; }
 
 }  // namespace
 
