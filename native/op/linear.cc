@@ -189,11 +189,15 @@ void adapters_int8(Engine& engine, const Activations& x, const LinearJob* jobs, 
     const Activations in = input_of(*job, x);
     const int rows = last - first;
     float* u = engine.thread_scratch[size_t(thread)].get<float>(size_t(rows) * lora.rank);
-    // While a rank of A is read, memory brings the same rank of B^T.
+    // While a rank of A is read, memory brings the same rank of B^T and A's next ones.
     auto apply = [&](const auto* a, const auto* bt, auto shrink, auto expand) {
-      constexpr int kLine = 64 / int(sizeof(*bt));
+      constexpr int kLine = 64 / int(sizeof(*bt)), kRanks = 4;
+      auto fetch = [](const auto* from, int count) {
+        for (int i = 0; i < count; i += kLine) __builtin_prefetch(from + i, 0, 2);
+      };
       for (int r = 0; r < lora.rank; r++) {
-        for (int n = 0; n < job->w->rows; n += kLine) __builtin_prefetch(bt + size_t(r) * lora.ldb + n, 0, 2);
+        if (r + kRanks < lora.rank) fetch(a + size_t(r + kRanks) * lora.lda, job->w->cols);
+        fetch(bt + size_t(r) * lora.ldb, job->w->rows);
         shrink(in.f32 + size_t(first) * in.cols, in.cols, rows, a + size_t(r) * lora.lda, lora.lda, lora.scale + r, 1,
                job->w->cols, u + r, lora.rank);
       }
