@@ -14,17 +14,13 @@ namespace {
 constexpr int kDepth = 32;      // of a strip's tiles, how many are unpacked at once: 16 KB
 constexpr int kRowBlock = 128;  // as in gemm_i8
 
-// What the first rows of a strip fetch ahead with each step, as i8_tile does: `bytes` from `at` on.
+// What the first rows of a strip fetch ahead with each step: `bytes` a step from `at` on; the other rows none.
 struct Ahead {
   const uint8_t* at;
   int bytes;
   const ReadOn& then;
 
-  void fetch(int step) const {
-    const uint8_t* from = at + size_t(step) * bytes;
-    if (then.next && from >= then.end) from = then.next + (from - then.end);
-    for (int line = 0; line < bytes; line += 64) __builtin_prefetch(from + line, 0, 2);
-  }
+  void fetch(int step) const { fetch_ahead(at + size_t(step) * bytes, bytes, then); }
 };
 
 // The weights of a strip as int8, and their scales.
@@ -134,7 +130,7 @@ void i8_strips(const Matrix& w, int first, int last, const ReadOn& then, const i
         unpacked.take(planes, scales, from, count);
         for (int m = 0; m < taken; m += kTileRows) {
           const size_t at = size_t(begin + m) * tiles + from;
-          const Ahead ahead{planes + size_t(from * Q::groups) * step_bytes + kAhead, begin + m ? 0 : step_bytes, then};
+          const Ahead ahead{planes + size_t(from * Q::groups) * step_bytes, begin + m ? 0 : step_bytes, then};
           i8_rows<Q, D>(unpacked, count, q + at * kTileCols * D, blocks + at, tiles, ahead, sums + m, from > 0);
         }
       }
@@ -248,8 +244,7 @@ int64_t peak_tiles(Peak what, int64_t steps) {
     }
     return steps * 2 * kTileRows * 16 * kTileCols;
   }
-  for (int i = 0; i < 3; i++) shapes.set(i, kTileRows, 64);
-  for (int i = 3; i < 7; i++) shapes.set(i, kTileRows, 64);
+  for (int i = 0; i < 7; i++) shapes.set(i, kTileRows, 64);
   shapes.use();
   for (int64_t i = 0; i < steps; i++) bf16_rows<3>(rows, rows, depth, panel, 32, depth, sums, true);
   look_at(sums);

@@ -9,6 +9,20 @@
 namespace nomoat {
 namespace {
 
+// The first key that a row at `position` sees.
+inline int first_key(int position, int window) { return window && position >= window ? position - window + 1 : 0; }
+
+// Where the values of a virtual row begin in [rows][heads][dim], `stride` from one row to the next.
+inline size_t virtual_row_at(int index, int heads, int stride, int dim) {
+  return size_t(index / heads) * stride + size_t(index % heads) * dim;
+}
+
+// Asks for the values of 16 keys, which come after their scores.
+inline void fetch_values(const AttendArgs& a, int key, size_t element_bytes) {
+  const uint8_t* value = a.v[key / kPageTokens] + size_t(key % kPageTokens * a.dim) * element_bytes;
+  for (size_t line = 0; line < size_t(16 * a.dim) * element_bytes; line += 64) __builtin_prefetch(value + line, 0, 2);
+}
+
 // Keys of one block of 16, dimension d: two vectors sets for a pair of dimensions.
 template <class V>
 inline void key_pair(const bf16* block, int d, int lane, typename V::F& even, typename V::F& odd) {
@@ -130,8 +144,8 @@ struct AttendRows {
   int row(int r) const { return (virtual_row + r) / a.heads; }
   int head(int r) const { return (virtual_row + r) % a.heads; }
   int position(int r) const { return a.first_position + row(r); }
-  int start(int r) const { return a.window && position(r) >= a.window ? position(r) - a.window + 1 : 0; }
-  size_t at(int r) const { return size_t(row(r)) * a.q_stride + head(r) * a.dim; }
+  int start(int r) const { return first_key(position(r), a.window); }
+  size_t at(int r) const { return virtual_row_at(virtual_row + r, a.heads, a.q_stride, a.dim); }
 
   void score(int from, int to) const {
     const float* q[R];
@@ -140,10 +154,7 @@ struct AttendRows {
     for (int key = from; key < to; key += 16) {
       const T* page = reinterpret_cast<const T*>(a.k[key / kPageTokens]);
       for (int r = 0; r < R; r++) block[r] = scores[r] + key;
-      if (virtual_row == 0) {  // the same keys' values, which come next, are on their way meanwhile
-        const uint8_t* value = a.v[key / kPageTokens] + size_t(key % kPageTokens * a.dim) * sizeof(T);
-        for (size_t line = 0; line < size_t(16 * a.dim) * sizeof(T); line += 64) __builtin_prefetch(value + line, 0, 2);
-      }
+      if (virtual_row == 0) fetch_values(a, key, sizeof(T));
       score_block<V, T, R>(q, page + size_t(key % kPageTokens / 16) * 16 * a.dim, a.dim, block);
       if constexpr (sizeof(T) == 1)
         for (int r = 0; r < R; r++) scale_keys<V>(a.k, key, a.dim, block[r]);
@@ -259,7 +270,7 @@ inline void weigh_rows(const AttendBackwardArgs& a, const BackwardRows& b, int r
   const int end = b.last / 16 * 16 + 16;
   for (int r = r0; r < r0 + R; r++) {
     const int row = b.row + r / a.heads, position = a.before + row;
-    const int start = a.window && position >= a.window ? position - a.window + 1 : 0;
+    const int start = first_key(position, a.window);
     const float* out = a.out + size_t(row) * a.q_stride + (r % a.heads) * a.dim;
     typename V::F dots = V::zero();
     for (int d = 0; d < a.dim; d += V::W) dots = V::fma(V::load(out + d), V::load(b.d_out[r] + d), dots);
@@ -300,10 +311,10 @@ void attend_backward(const AttendBackwardArgs& a) {
     b.row = row;
     b.total = rows * a.heads;
     const int position = a.before + row;
-    b.begin = a.window && position >= a.window ? (position - a.window + 1) / 16 * 16 : 0;
+    b.begin = first_key(position, a.window) / 16 * 16;
     b.last = position + rows - 1;
     for (int r = 0; r < b.total; r++) {
-      const size_t offset = size_t(row + r / a.heads) * a.q_stride + (r % a.heads) * a.dim;
+      const size_t offset = virtual_row_at(row * a.heads + r, a.heads, a.q_stride, a.dim);
       b.q[r] = a.q + offset;
       b.d_out[r] = a.d_out + offset;
       b.p[r] = p + size_t(r) * keys;

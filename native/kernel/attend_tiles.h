@@ -53,7 +53,7 @@ class AttendTiles {
     for (int row = 0; row < total_; row += kTileRows) {
       const int count = total_ - row < kTileRows ? total_ - row : kTileRows;
       const int low = a.first_position + row / a.heads, high = a.first_position + (row + count - 1) / a.heads;
-      visit(Rows{row, count, (a.window && low >= a.window ? low - a.window + 1 : 0) / 16 * 16, high / 16 * 16 + 16});
+      visit(Rows{row, count, first_key(low, a.window) / 16 * 16, high / 16 * 16 + 16});
     }
   }
 
@@ -67,7 +67,7 @@ class AttendTiles {
     shapes_.use();
   }
 
-  size_t at(int row) const { return size_t(row / a.heads) * a.q_stride + size_t(row % a.heads) * a.dim; }
+  size_t at(int row) const { return virtual_row_at(row, a.heads, a.q_stride, a.dim); }
   float* scores(int row) const { return a.scratch + size_t(row) * padded_; }
 
   void score(const Rows& rows, int begin, int end) {
@@ -98,11 +98,7 @@ class AttendTiles {
         multiply_bf16<n, 4, 6>();
       });
     }
-    if (row == 0)  // the same keys' values, which come next, are on their way meanwhile
-      for (int at = key; at < key + 16 * N; at += 16) {
-        const uint8_t* value = a.v[at / kPageTokens] + size_t(at % kPageTokens) * row_bytes;
-        for (int line = 0; line < 16 * row_bytes; line += 64) __builtin_prefetch(value + line, 0, 2);
-      }
+    for (int n = 0; n < N && row == 0; n++) fetch_values(a, key + 16 * n, sizeof(bf16));
     unrolled<N>([&]<int n>() { store_tile<n>(scores(row) + key + 16 * n, padded_ * int(sizeof(float))); });
   }
 
@@ -123,8 +119,7 @@ class AttendTiles {
   template <int N>
   void sum_dimensions(int d) {
     const int last = a.first_position + a.rows;
-    const int first = a.window && a.first_position >= a.window ? a.first_position - a.window + 1 : 0;
-    for (int key = first / kKeys * kKeys; key < last; key += kKeys) {
+    for (int key = first_key(a.first_position, a.window) / kKeys * kKeys; key < last; key += kKeys) {
       const int end = key + kKeys < last ? key + kKeys : last;
       pair_values<N>(key, end, d);
       each_block([&](const Rows& rows) {
@@ -273,8 +268,8 @@ class BackwardTiles {
     for (int first = 0; first < total; first += kBlock) {
       const int count = total - first < kBlock ? total - first : kBlock, rows = round_up(count, 32);
       take_rows(first, count, rows);
-      const int first_position = a.before + first / a.heads, last = a.before + (first + count - 1) / a.heads;
-      const int begin = a.window && first_position >= a.window ? (first_position - a.window + 1) / kBlock * kBlock : 0;
+      const int begin = first_key(a.before + first / a.heads, a.window) / kBlock * kBlock;
+      const int last = a.before + (first + count - 1) / a.heads;
       for (int key = begin; key <= last; key += kBlock) {
         const int taken = last + 1 - key < kBlock ? round_up(last + 1 - key, 32) : kBlock;
         take_keys(key, taken, rows, key > begin);
@@ -304,24 +299,22 @@ class BackwardTiles {
     return Avx512::pair_bf16(Avx512::load(even), Avx512::load(odd));
   }
   const float* key_row(int key) const { return key < key_count_ ? a.k + size_t(key) * a.dim : zeros_; }
-  const float* row(const float* x, int index) const {
-    return x + size_t(index / a.heads) * a.q_stride + size_t(index % a.heads) * a.dim;
-  }
+  size_t at(int row) const { return virtual_row_at(row, a.heads, a.q_stride, a.dim); }
 
   // Rows [first, first + count) as factors, with zeros up to `rows`: these see no key.
   void take_rows(int first, int count, int rows) {
-    auto at = [&](const float* x, int r) { return r < count ? row(x, first + r) : zeros_; };
+    auto row = [&](const float* x, int r) { return r < count ? x + at(first + r) : zeros_; };
     auto pack = [&](const float* x, bf16* pairs, bf16* by_rows) {
       for (int r = 0; r < rows; r += 16) {
         std::memset(low_, 0, size_t(16) * width_ * sizeof(bf16));
-        for (int i = 0; i < 16; i++) to_bf16<Avx512>(at(x, r + i), a.dim, low_ + size_t(i) * width_);
+        for (int i = 0; i < 16; i++) to_bf16<Avx512>(row(x, r + i), a.dim, low_ + size_t(i) * width_);
         for (int p = 0; p < width_ / 2; p += 16)
           Avx512::transpose(reinterpret_cast<float*>(low_) + p, width_ / 2,
                             reinterpret_cast<float*>(pairs) + size_t(r / 16 * width_ / 2 + p) * 16, 16);
       }
       for (int r = 0; r < rows; r += 2)
         for (int d = 0; d < a.dim; d += 16)
-          _mm512_storeu_si512(by_rows + size_t(r) * a.dim + 2 * d, pair_rows(at(x, r) + d, at(x, r + 1) + d));
+          _mm512_storeu_si512(by_rows + size_t(r) * a.dim + 2 * d, pair_rows(row(x, r) + d, row(x, r + 1) + d));
     };
     pack(a.q, q_pairs_, q_rows_);
     pack(a.d_out, d_pairs_, d_rows_);
@@ -329,9 +322,9 @@ class BackwardTiles {
       const bool real = r < count;
       const int m = (first + r) / a.heads;
       lse_[r] = real ? a.lse[size_t(m) * a.lse_stride + (first + r) % a.heads] : 0;
-      delta_[r] = real ? dot<Avx512>(at(a.out, r), at(a.d_out, r), a.dim) : 0;
+      delta_[r] = real ? dot<Avx512>(row(a.out, r), row(a.d_out, r), a.dim) : 0;
       position_[r] = real ? a.before + m : -1;
-      start_[r] = a.window ? position_[r] - a.window + 1 : 0;
+      start_[r] = first_key(position_[r], a.window);
     }
   }
 
@@ -382,8 +375,7 @@ class BackwardTiles {
         alignas(64) float turned[16][16];
         Avx512::transpose(dq_ + size_t(d) * kBlock + r, kBlock, turned[0], 16);
         for (int i = 0; i < 16 && r + i < count; i++)
-          _mm512_storeu_ps(const_cast<float*>(row(a.dq, first + r + i)) + d,
-                           _mm512_mul_ps(_mm512_load_ps(turned[i]), _mm512_set1_ps(a.scale)));
+          _mm512_storeu_ps(a.dq + at(first + r + i) + d, _mm512_mul_ps(_mm512_load_ps(turned[i]), _mm512_set1_ps(a.scale)));
       }
   }
 };

@@ -56,6 +56,13 @@ inline void exact_dots(const uint8_t* plane, int first, const int8_t* const (&x)
 // Few rows wait for memory, and the hardware's prefetcher starts anew at every 4 KB page. Planes, scales and the strips, of this
 // matrix and of the next, lie one behind the other: with each tile, as many bytes as it has are asked for kAhead further on.
 //
+// What a step that uses `bytes` from `at` on fetches: as many, kAhead further on.
+inline void fetch_ahead(const uint8_t* at, int bytes, const ReadOn& then) {
+  const uint8_t* ahead = at + kAhead;
+  if (then.next && ahead >= then.end) ahead = then.next + (ahead - then.end);
+  for (int line = 0; line < bytes; line += 64) __builtin_prefetch(ahead + line, 0, 2);
+}
+
 // M rows x L times W lanes from `first` on. Integer dots are exact; each lane adds its 32-column blocks in order. `fetched`:
 // bytes to fetch ahead with each tile.
 template <class V, class Q, int M, int D, int L>
@@ -67,9 +74,7 @@ inline void i8_tile(const uint8_t* planes, const uint8_t* scales, int fetched, c
     for (int m = 0; m < M; m++) acc[l][m] = V::zero();
   for (int t = 0; t < tiles; t++) {
     const uint8_t* plane = planes + size_t(t) * Q::plane_bytes;
-    const uint8_t* ahead = planes + size_t(t) * fetched + kAhead;
-    if (then.next && ahead >= then.end) ahead = then.next + (ahead - then.end);
-    for (int line = 0; line < fetched; line += 64) __builtin_prefetch(ahead + line, 0, 2);
+    fetch_ahead(planes + size_t(t) * fetched, fetched, then);
     const int8_t* x[M];
     const ActBlock* block[M];
     for (int m = 0; m < M; m++) {

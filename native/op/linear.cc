@@ -60,8 +60,8 @@ void project_rows(const T* a, int lda, int rows, const float* s, int ld, int wid
     const int columns = std::min(round_up(rank - column, 16), kPanelCols);
     for (int from = 0; from < width; from += kPanelDepth) {
       const int count = width - from < kPanelDepth ? round_up(width - from, 16) : kPanelDepth;
-      Ops<T>::plain_panel(s, ld, rank, width, false, column, from, count, panel);
-      Ops<T>::gemm(a + from, lda, rows, panel, count, columns, c, from > 0);
+      Ops<T>::plain_panel()(s, ld, rank, width, false, column, from, count, panel);
+      Ops<T>::gemm()(a + from, lda, rows, panel, count, columns, c, from > 0);
     }
     const int last = rank - column < kPanelCols ? rank - column : kPanelCols;
     for (int m = 0; m < rows; m++)
@@ -244,9 +244,9 @@ void adapter_gradients(const Activations& x, const LinearBackwardJob& job, const
     const int width = is_a ? job.w->cols : job.w->rows, first = (is_a ? task : task - a_chunks) * chunk,
               last = std::min(first + chunk, width);
     if (is_a)
-      Ops<T>::outer(du + lora.trained, lora.rank, trained, Ops<T>::of(x), x.cols, x.rows, first, last, lora.da, lora.lda);
+      Ops<T>::outer()(du + lora.trained, lora.rank, trained, Ops<T>::of(x), x.cols, x.rows, first, last, lora.da, lora.lda);
     else
-      Ops<T>::outer(job.u + lora.trained, lora.rank, trained, dy, job.ldy, x.rows, first, last, lora.dbt, lora.ldb);
+      Ops<T>::outer()(job.u + lora.trained, lora.rank, trained, dy, job.ldy, x.rows, first, last, lora.dbt, lora.ldb);
   });
 }
 

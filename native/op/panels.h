@@ -2,6 +2,7 @@
 // Products of many rows by panels: 48 columns of weights decoded to bf16 or float32, for op/linear.cc.
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "op/engine.h"
@@ -12,44 +13,23 @@ namespace {
 // Contraction steps of one panel: 256 x 48 bf16 are 24 KB, which leave half of a 48 KB first-level cache to the rows.
 constexpr int kPanelDepth = 256;
 
+// The kernels, and what they take of the activations, whose factors are T: bf16 or float.
 template <class T>
-struct Ops;
+struct Ops {
+  static auto panel() { return pick(kernels().panel_bf16, kernels().panel_f32); }
+  static auto plain_panel() { return pick(kernels().plain_panel_bf16, kernels().plain_panel_f32); }
+  static auto gemm() { return pick(kernels().gemm_bf16, kernels().gemm_f32); }
+  static auto outer() { return pick(kernels().outer_bf16, kernels().outer_f32); }
+  static const T* of(const Activations& x) { return pick(x.low, x.f32); }
 
-template <>
-struct Ops<bf16> {
-  static void panel(const Matrix& w, bool backward, int column, int from, int count, bf16* out) {
-    kernels().panel_bf16(w, backward, column, from, count, out);
+ private:
+  template <class Low, class Wide>
+  static auto pick(Low low, Wide wide) {
+    if constexpr (std::is_same_v<T, bf16>)
+      return low;
+    else
+      return wide;
   }
-  static void plain_panel(const float* s, int ld, int rows, int cols, bool backward, int column, int from, int count, bf16* out) {
-    kernels().plain_panel_bf16(s, ld, rows, cols, backward, column, from, count, out);
-  }
-  static void gemm(const bf16* a, int lda, int rows, const bf16* panel, int count, int columns, float* c, bool add) {
-    kernels().gemm_bf16(a, lda, rows, panel, count, columns, c, add);
-  }
-  static void outer(const float* u, int ldu, int rank, const bf16* x, int ldx, int rows, int first, int last, float* out,
-                    int ldo) {
-    kernels().outer_bf16(u, ldu, rank, x, ldx, rows, first, last, out, ldo);
-  }
-  static const bf16* of(const Activations& x) { return x.low; }
-};
-
-template <>
-struct Ops<float> {
-  static void panel(const Matrix& w, bool backward, int column, int from, int count, float* out) {
-    kernels().panel_f32(w, backward, column, from, count, out);
-  }
-  static void plain_panel(const float* s, int ld, int rows, int cols, bool backward, int column, int from, int count,
-                          float* out) {
-    kernels().plain_panel_f32(s, ld, rows, cols, backward, column, from, count, out);
-  }
-  static void gemm(const float* a, int lda, int rows, const float* panel, int count, int columns, float* c, bool add) {
-    kernels().gemm_f32(a, lda, rows, panel, count, columns, c, add);
-  }
-  static void outer(const float* u, int ldu, int rank, const float* x, int ldx, int rows, int first, int last, float* out,
-                    int ldo) {
-    kernels().outer_f32(u, ldu, rank, x, ldx, rows, first, last, out, ldo);
-  }
-  static const float* of(const Activations& x) { return x.f32; }
 };
 
 // c[m, :] += sum_p a[m, p] W[:, p], or W[p, :] when backward
@@ -110,7 +90,7 @@ class PanelTask {
         for (int c = column, i = 0; c < end; c += kPanelCols, i++)
           for (size_t k = 0; k < count; k++) {
             const Piece& piece = pieces_[begin + k];
-            Ops<T>::panel(*piece.term->w, p.backward, c, piece.from, piece.count, panel(i, k));
+            Ops<T>::panel()(*piece.term->w, p.backward, c, piece.from, piece.count, panel(i, k));
           }
         const bool complete = begin + count == pieces_.size();
         for (int row = 0; row < p.rows; row += kRowBlock)
@@ -119,8 +99,8 @@ class PanelTask {
             float* sums = begin == 0 && complete ? sums_ : sums_ + size_t(row) * kPanelCols;
             for (size_t k = 0; k < count; k++) {
               const Piece& piece = pieces_[begin + k];
-              Ops<T>::gemm(piece.term->a + size_t(row) * piece.term->lda + piece.from, piece.term->lda, rows, panel(i, k),
-                           piece.count, kPanelCols, sums, begin + k > 0);
+              Ops<T>::gemm()(piece.term->a + size_t(row) * piece.term->lda + piece.from, piece.term->lda, rows, panel(i, k),
+                             piece.count, kPanelCols, sums, begin + k > 0);
             }
             if (complete) put(c, i, row, rows, sums);
           }
