@@ -181,6 +181,27 @@ def test_training_product(kind: Kind, precision: str, unit: float, backward: boo
         assert not y[:, matrix.shape[1] :].any(), "padding must stay zero"
 
 
+@pytest.mark.parametrize(("precision", "unit"), [("bf16", 2**-8), ("f32", 2**-23)])
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("shape", [(400, 2816), (2816, 512)], ids=["wide", "tall"])
+def test_training_product_in_parts(shape: tuple[int, int], precision: str, unit: float, backward: bool, level: str) -> None:
+    """Several parts of the contraction, several tasks of several panels and several blocks of rows."""
+    rows, cols = shape
+    raw = gguf_bytes(Kind.Q4_K, rows, cols, 14)
+    weight = decoded(Kind.Q4_K, raw, rows, cols).astype(np.float64)
+    weights = packed(Kind.Q4_K, raw, rows, cols)
+    matrix = weight if backward else weight.T
+    x = np.random.default_rng(15).standard_normal((150, matrix.shape[0])).astype(np.float32)
+    y = np.zeros((150, padded(matrix.shape[1])), np.float32)
+    _native.product(int(Kind.Q4_K), rows, cols, weights, pad(x), y, precision, backward)
+    bound = (2 * unit + matrix.shape[0] * 2**-23) * (np.abs(x) @ np.abs(matrix))
+    assert np.all(np.abs(y[:, : matrix.shape[1]] - x @ matrix) <= bound)
+    single = np.zeros((1, y.shape[1]), np.float32)
+    for row in (0, 15, 128, 149):
+        _native.product(int(Kind.Q4_K), rows, cols, weights, pad(x[row : row + 1]), single, precision, backward)
+        assert np.array_equal(single[0], y[row]), f"row {row} alone"
+
+
 @pytest.mark.parametrize("kind", FLOAT, ids=lambda kind: kind.name)
 def test_float_weights_keep_float_activations_in_inference(kind: Kind, level: str) -> None:
     rows, cols = 40, 172  # not a multiple of 32: padded inside

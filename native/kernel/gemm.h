@@ -1,6 +1,8 @@
 #pragma once
 // Products with packed weights. V is a level's vector type: W lanes, a lane = one output row of a strip.
 
+#include <algorithm>
+
 #include "kernel/table.h"
 #include "quant/all.h"
 
@@ -186,38 +188,153 @@ void gemm_float(const Matrix& w, int first, int last, const float* x, int ldx, i
 
 // ---- panels: weights decoded for the training GEMM ----------------------------------------------------------------------
 
-// out[j][r] = W[16s + r, 16h + j]: half a tile as float32, bit-exact with the format's definition.
-template <class V, class Q>
-inline void decode_half_tile(const Matrix& w, int strip, int half, float* out) {
-  const uint8_t *planes = w.strip(strip), *scales = planes + w.plane_section;
-  const int tile = half / 2, first = 16 * (half % 2);
-  const uint8_t* plane = planes + size_t(tile) * Q::plane_bytes;
+// What was stored before is in memory for what follows, of whatever type it reads it.
+inline void settled() { __asm__ volatile("" ::: "memory"); }
+
+// visit(j, lane, W[:, j], ... W[:, j + 3]) for the 16 columns of half a tile, four at a time and a vector of rows from `lane` on:
+// bit-exact with the format's definition.
+template <class V, class Q, int Half, class Visit>
+inline void decode_half_tile(const Matrix& w, int strip, int tile, Visit&& visit) {
+  using F = typename V::F;
+  const uint8_t *planes = w.strip(strip), *scales = planes + w.plane_section, *plane = planes + size_t(tile) * Q::plane_bytes;
   for (int lane = 0; lane < kStripRows; lane += V::W) {
     if constexpr (Q::integer) {
-      using F = typename V::F;
-      typename V::B codes[8];
-      unpack<V, Q>(plane, lane, codes);
-      const int group = Q::groups == 2 ? half % 2 : 0;
+      constexpr int group = Q::groups == 2 ? Half : 0;
       const F scale = Q::template scale<V>(scales, tile, group, lane);
       F minimum = V::zero();
       if constexpr (Q::has_min) minimum = Q::template min<V>(scales, tile, group, lane);
-      const F zero = V::set1(float(Q::zero));
-      auto put = [&](int j, F code) {
-        F value = V::mul(scale, V::sub(code, zero));
-        if constexpr (Q::has_min) value = V::add(value, minimum);
-        V::store(out + 16 * j + lane, value);
+      auto value = [&](F code) {
+        if constexpr (Q::zero != 0) code = V::sub(code, V::set1(float(Q::zero)));
+        const F product = V::mul(scale, code);
+        if constexpr (Q::has_min)
+          return V::add(product, minimum);
+        else
+          return product;
       };
-      for (int g = 0; g < 4; g++) {
-        const typename V::B granule = codes[first / 4 + g];
-        put(4 * g, V::template byte_to_f<0>(granule));
-        put(4 * g + 1, V::template byte_to_f<1>(granule));
-        put(4 * g + 2, V::template byte_to_f<2>(granule));
-        put(4 * g + 3, V::template byte_to_f<3>(granule));
-      }
+      unrolled<4>([&]<int g>() {
+        const typename V::B codes = Q::template granule<V, 4 * Half + g>(plane, lane);
+        visit(4 * g, lane, value(V::template byte_to_f<0>(codes)), value(V::template byte_to_f<1>(codes)),
+              value(V::template byte_to_f<2>(codes)), value(V::template byte_to_f<3>(codes)));
+      });
     } else {
-      for (int j = 0; j < 16; j++) V::store(out + 16 * j + lane, Q::template column<V>(plane, first + j, lane));
+      auto column = [&](int j) { return Q::template column<V>(plane, 16 * Half + j, lane); };
+      for (int j = 0; j < 16; j += 4) visit(j, lane, column(j), column(j + 1), column(j + 2), column(j + 3));
     }
   }
+}
+
+// Asks memory for a tile, and the scales of its block, two strips further on: panels need them soon.
+template <class Q>
+inline void fetch_tile(const Matrix& w, int strip, int tile) {
+  constexpr int kStrips = 2;
+  const uint8_t *planes = w.strip(strip + kStrips), *plane = planes + size_t(tile) * Q::plane_bytes;
+  for (int line = 0; line < Q::plane_bytes; line += 64) __builtin_prefetch(plane + line, 0, 3);
+  const uint8_t* scales = planes + w.plane_section + size_t(Q::scale_bytes) * (tile / std::max(1, Q::block_cols / kTileCols));
+  for (int line = 0; line < Q::scale_bytes; line += 64) __builtin_prefetch(scales + line, 0, 3);
+}
+
+inline bf16* panel_at(bf16* panel, int p, int c) { return panel + p * kPanelCols + 2 * c; }
+inline float* panel_at(float* panel, int p, int c) { return panel + p * kPanelCols + c; }
+
+// Rows p to p + 3 of a panel, p even.
+template <class V>
+inline void put_rows(bf16* panel, int p, int c, typename V::F w0, typename V::F w1, typename V::F w2, typename V::F w3) {
+  V::store_bytes(panel_at(panel, p, c), V::pair_bf16(w0, w1));
+  V::store_bytes(panel_at(panel, p + 2, c), V::pair_bf16(w2, w3));
+}
+template <class V>
+inline void put_rows(float* panel, int p, int c, typename V::F w0, typename V::F w1, typename V::F w2, typename V::F w3) {
+  V::store(panel_at(panel, p, c), w0);
+  V::store(panel_at(panel, p + 1, c), w1);
+  V::store(panel_at(panel, p + 2, c), w2);
+  V::store(panel_at(panel, p + 3, c), w3);
+}
+
+template <class V, class T>
+inline void put_zeros(T* panel, int p) {
+  for (int j = 0; j < 16; j += 4)
+    for (int lane = 0; lane < 16; lane += V::W) put_rows<V>(panel, p + j, lane, V::zero(), V::zero(), V::zero(), V::zero());
+}
+
+template <class V>
+inline void put_column(bf16* column, typename V::F x) {
+  V::store_bf16(column, x);
+}
+template <class V>
+inline void put_column(float* column, typename V::F x) {
+  V::store(column, x);
+}
+
+// Two strips: sixteen pairs of bf16.
+constexpr int kPairRows = 2 * kStripRows;
+
+// panel[p][c] = columns[c][p], a pair of bf16 as one word.
+template <class V, class T>
+inline void transpose_columns(const T (&columns)[16][kPairRows], T* panel) {
+  constexpr int words = kPairRows * int(sizeof(T) / 2) / 2;
+  const float* from = reinterpret_cast<const float*>(columns);
+  float* to = reinterpret_cast<float*>(panel);
+  settled();
+  for (int p = 0; p < words; p += V::W)
+    for (int c = 0; c < 16; c += V::W) V::transpose(from + c * words + p, words, to + p * kPanelCols + c, kPanelCols);
+  settled();
+}
+
+template <class V, class Q, class T>
+void fill_forward(const Matrix& w, int column, int panels, int from, int count, T* panel, size_t stride) {
+  for (int c = 0; c < panels * kPanelCols; c += 16) {
+    const int strip = (column + c) / kStripRows;
+    T* own = panel_at(panel + size_t(c / kPanelCols) * stride, 0, c % kPanelCols);
+    for (int p = 0; p < count; p += kTileCols) {
+      const int tile = (from + p) / kTileCols;
+      T* to = panel_at(own, p, 0);
+      const bool inside = strip < w.strips() && tile < w.tiles();
+      if (inside) fetch_tile<Q>(w, strip, tile);
+      unrolled<2>([&]<int Half>() {
+        if (inside)
+          decode_half_tile<V, Q, Half>(
+              w, strip, tile, [&](int j, int lane, auto... columns) { put_rows<V>(to, 16 * Half + j, lane, columns...); });
+        else
+          put_zeros<V>(to, 16 * Half);
+      });
+    }
+  }
+}
+
+// The panels' columns are the matrix's: strips are read in their order, all columns of one before the next.
+template <class V, class Q, class T>
+void fill_backward(const Matrix& w, int column, int panels, int from, int count, T* panel, size_t stride) {
+  alignas(64) T columns[16][kPairRows];
+  auto store = [&](int row, int j, int lane, auto... values) {
+    T* to = columns[j] + row + lane;
+    ((put_column<V>(to, values), to += kPairRows), ...);
+  };
+  for (int p = 0; p < count; p += kPairRows)
+    for (int c = 0; c < panels * kPanelCols; c += 16) {
+      const int half = (column + c) / 16, tile = half / 2;
+      for (int row = 0; row < kPairRows; row += kStripRows) {
+        const int strip = (from + p + row) / kStripRows;
+        auto take = [&](int j, int lane, auto... values) { store(row, j, lane, values...); };
+        if (strip >= w.strips() || tile >= w.tiles()) {
+          for (auto& own : columns) std::fill_n(own + row, kStripRows, T(0));
+          continue;
+        }
+        if (half % 2 == 0 || c == 0) fetch_tile<Q>(w, strip, tile);
+        if (half % 2)
+          decode_half_tile<V, Q, 1>(w, strip, tile, take);
+        else
+          decode_half_tile<V, Q, 0>(w, strip, tile, take);
+      }
+      transpose_columns<V>(columns, panel_at(panel + size_t(c / kPanelCols) * stride, p, c % kPanelCols));
+    }
+}
+
+template <class V, class T>
+void fill_panels(const Matrix& w, bool backward, int column, int panels, int from, int count, T* panel, size_t stride) {
+  with_format(w.format, [&](auto format) {
+    using Q = decltype(format);
+    (backward ? fill_backward<V, Q, T> : fill_forward<V, Q, T>)(w, column, panels, from, count, panel, stride);
+  });
 }
 
 // dst[j][i] = src[i][j], 16 x 16.
@@ -242,33 +359,6 @@ inline void put_block(const float* block, int stride, float* panel) {
     for (int c = 0; c < 16; c += V::W) V::store(panel + p * kPanelCols + c, V::load(block + p * stride + c));
 }
 
-inline bf16* panel_at(bf16* panel, int p, int c) { return panel + p * kPanelCols + 2 * c; }
-inline float* panel_at(float* panel, int p, int c) { return panel + p * kPanelCols + c; }
-
-template <class V, class T>
-void fill_panel(const Matrix& w, bool backward, int column, int from, int count, T* panel) {
-  const int strips = w.strips(), halves = 2 * w.tiles();
-  with_format(w.format, [&](auto format) {
-    using Q = decltype(format);
-    alignas(64) float block[256], turned[256];
-    for (int c = 0; c < kPanelCols; c += 16)
-      for (int p = 0; p < count; p += 16) {
-        const int strip = (backward ? from + p : column + c) / 16, half = (backward ? column + c : from + p) / 16;
-        const float* source = block;
-        if (strip >= strips || half >= halves) {
-          for (float& x : block) x = 0;
-        } else {
-          decode_half_tile<V, Q>(w, strip, half, block);
-          if (backward) {
-            transpose16<V>(block, 16, turned);
-            source = turned;
-          }
-        }
-        put_block<V>(source, 16, panel_at(panel, p, c));
-      }
-  });
-}
-
 // src[rows][cols] with row stride ld; rows and cols need not be multiples of 16.
 template <class V, class T>
 void fill_plain_panel(const float* src, int ld, int rows, int cols, bool backward, int column, int from, int count, T* panel) {
@@ -285,12 +375,12 @@ void fill_plain_panel(const float* src, int ld, int rows, int cols, bool backwar
 }
 
 template <class V>
-void panel_bf16(const Matrix& w, bool backward, int column, int from, int count, bf16* panel) {
-  fill_panel<V>(w, backward, column, from, count, panel);
+void panels_bf16(const Matrix& w, bool backward, int column, int panels, int from, int count, bf16* panel, size_t stride) {
+  fill_panels<V>(w, backward, column, panels, from, count, panel, stride);
 }
 template <class V>
-void panel_f32(const Matrix& w, bool backward, int column, int from, int count, float* panel) {
-  fill_panel<V>(w, backward, column, from, count, panel);
+void panels_f32(const Matrix& w, bool backward, int column, int panels, int from, int count, float* panel, size_t stride) {
+  fill_panels<V>(w, backward, column, panels, from, count, panel, stride);
 }
 template <class V>
 void plain_panel_bf16(const float* src, int ld, int rows, int cols, bool backward, int column, int from, int count, bf16* panel) {
@@ -373,10 +463,14 @@ template <class V>
 void read_row(const Matrix& w, int row, float* out) {
   alignas(64) float block[256] = {};
   with_format(w.format, [&](auto format) {
-    for (int half = 0; half < 2 * w.tiles(); half++) {
-      decode_half_tile<V, decltype(format)>(w, row / 16, half, block);
-      for (int j = 0; j < 16; j++) out[16 * half + j] = block[16 * j + row % 16];
-    }
+    for (int tile = 0; tile < w.tiles(); tile++)
+      unrolled<2>([&]<int Half>() {
+        decode_half_tile<V, decltype(format), Half>(w, row / kStripRows, tile, [&](int j, int lane, auto... columns) {
+          float* to = block + 16 * j + lane;
+          ((V::store(to, columns), to += 16), ...);
+        });
+        for (int j = 0; j < 16; j++) out[kTileCols * tile + 16 * Half + j] = block[16 * j + row % kStripRows];
+      });
   });
 }
 

@@ -103,10 +103,11 @@ struct Kernels {
                   int rows, float* y, int ldy, bool add);
   // the same in float32: the product for F32, F16 and BF16 weights
   void (*gemm_float)(const Matrix& w, int first, int last, const float* x, int ldx, int rows, float* y, int ldy, bool add);
-  // panel[p][c] = W[column + c, from + p], or W[from + p, column + c] when `backward`; c < 48, p < count (a multiple of 16).
-  // bf16 panels hold pairs [p / 2][48][2]; f32 panels [p][48]. Outside the matrix: zero.
-  void (*panel_bf16)(const Matrix& w, bool backward, int column, int from, int count, bf16* panel);
-  void (*panel_f32)(const Matrix& w, bool backward, int column, int from, int count, float* panel);
+  // panel[p][c] = W[column + c, from + p], or W[from + p, column + c] when `backward`; c < 48, p < count (a multiple of 32).
+  // bf16 panels hold pairs [p / 2][48][2]; f32 panels [p][48]. Outside the matrix: zero. `panels` of them, each 48 columns and
+  // `stride` elements behind the one before.
+  void (*panels_bf16)(const Matrix& w, bool backward, int column, int panels, int from, int count, bf16* panel, size_t stride);
+  void (*panels_f32)(const Matrix& w, bool backward, int column, int panels, int from, int count, float* panel, size_t stride);
   // the same from a plain float32 matrix src[rows][ld]: panel[p][c] = src[column + c][from + p], or src[from + p][column + c]
   void (*plain_panel_bf16)(const float* src, int ld, int rows, int cols, bool backward, int column, int from, int count,
                            bf16* panel);

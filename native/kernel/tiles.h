@@ -49,7 +49,6 @@ template <int T>
 inline void store_dots(int32_t (&to)[kTileRows][16]) {
   __asm__ volatile("tilestored %%tmm%c3, (%1,%2,1)" : "=m"(to) : "r"(&to), "r"(int64_t(sizeof(to[0]))), "i"(T));
 }
-inline void settled() { __asm__ volatile("" ::: "memory"); }
 // C += A B of int8
 template <int C, int A, int B>
 inline void multiply_int8() {

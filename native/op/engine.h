@@ -202,13 +202,29 @@ struct Tape {
 // ---- op/linear.cc ----
 
 // Rows prepared for products in one mode; `cols` is padded to 32.
+// From one row of bf16 to the next: rows a multiple of 1 KB apart would share few sets of a cache, and evict each other.
+constexpr int low_stride(int cols) { return cols % 512 ? cols : cols + 64; }
+
 struct Activations {
   Mode mode;
   int rows, cols, digits;
-  const float* f32;
-  const bf16* low;
+  const float* f32;  // [rows][cols]
+  const bf16* low;   // rows low_ld apart
   const int8_t* q;
   const ActBlock* blocks;
+  int low_ld = cols;
+
+  // `count` rows from `row` on.
+  Activations part(int row, int count) const {
+    Activations x = *this;
+    const size_t at = size_t(row) * size_t(cols);
+    x.rows = count;
+    if (f32) x.f32 += at;
+    if (low) x.low += size_t(row) * size_t(low_ld);
+    if (q) x.q += at * size_t(code_bytes(digits));
+    if (blocks) x.blocks += at / kTileCols;
+    return x;
+  }
 };
 
 // Converts x[rows][cols] (stride cols) as the mode asks: into `low` (bf16, if the level has dots of it) or `q` + `blocks`: int8

@@ -24,16 +24,17 @@ const float* gather_normed(Engine& engine, const float* x, const int32_t* rows, 
   return h;
 }
 
-Activations project(Engine& engine, Mode mode, const float* h, int count, float* logits) {
+// Rows of logits are `stride` apart.
+Activations project(Engine& engine, Mode mode, const float* h, int count, float* logits, int stride) {
   const Batch plain;  // no adapters on the head
   const Activations input =
       prepare(mode, engine.digits[4], h, count, padded(engine.dims.width), engine.normed_low, engine.q8, engine.blocks);
-  const LinearJob job[] = {{&engine.head, kTargets, logits, padded(engine.dims.vocab), false, nullptr}};
+  const LinearJob job[] = {{&engine.head, kTargets, logits, stride, false, nullptr}};
   linear(engine, input, job, 1, plain, 0);
   const float scale = engine.dims.logit_scale, cap = engine.dims.logit_cap;
   if (scale == 1 && cap == 0) return input;
   constexpr int grain = 1 << 13;  // logits a task, a multiple of every row's padding
-  const int64_t all = int64_t(count) * padded(engine.dims.vocab);
+  const int64_t all = int64_t(count) * stride;
   parallel_for(int((all + grain - 1) / grain), [&](int task, int) {
     float* own = logits + int64_t(task) * grain;
     const int n = int(std::min<int64_t>(grain, all - int64_t(task) * grain));
@@ -45,12 +46,12 @@ Activations project(Engine& engine, Mode mode, const float* h, int count, float*
 
 // dlogits = d_logp * (onehot(target) - softmax(logits)), times the slopes of cap and scale, in place of the logits. With `low`
 // they are bf16, at the beginning of each row.
-void logits_backward(Engine& engine, bool low, float* logits, const float* lse, const int32_t* targets, const float* d_logp,
-                     int count) {
+void logits_backward(Engine& engine, bool low, float* logits, int stride, const float* lse, const int32_t* targets,
+                     const float* d_logp, int count) {
   const int vocab = padded(engine.dims.vocab);
   const float cap = engine.dims.logit_cap;
   parallel_for(count, [&](int i, int thread) {
-    float* row = logits + size_t(i) * vocab;
+    float* row = logits + size_t(i) * stride;
     const float logp = row[targets[i]] - lse[i], factor = d_logp[i] * engine.dims.logit_scale,
                 of_target = factor * -std::expm1(logp);
     if (low && cap == 0) {
@@ -76,31 +77,31 @@ void logits_backward(Engine& engine, bool low, float* logits, const float* lse, 
 }  // namespace
 
 void head_logits(Engine& engine, Mode mode, const float* x, const int32_t* rows, int count, float* logits) {
-  project(engine, mode, gather_normed(engine, x, rows, count), count, logits);
+  project(engine, mode, gather_normed(engine, x, rows, count), count, logits, padded(engine.dims.vocab));
 }
 
 void head_logprobs(Engine& engine, Mode mode, const float* x, const int32_t* rows, const int32_t* targets, int count, float* logp,
                    const float* d_logp, float* dx) {
-  const int width = padded(engine.dims.width), vocab = padded(engine.dims.vocab);
+  const int width = padded(engine.dims.width), stride = low_stride(2 * padded(engine.dims.vocab)) / 2;  // bf16 take their place
   for (int first = 0; first < count; first += kChunk) {
     const int n = count - first < kChunk ? count - first : kChunk;
     const float* h = gather_normed(engine, x, rows + first, n);
-    float* logits = engine.logits.get<float>(size_t(n) * vocab);
+    float* logits = engine.logits.get<float>(size_t(n) * stride);
     float* lse = engine.lse.get<float>(size_t(n));
-    const Activations input = project(engine, mode, h, n, logits);
+    const Activations input = project(engine, mode, h, n, logits, stride);
     for_rows(n, 1, [&](int a, int b) {
       for (int i = a; i < b; i++) {
-        const float* row = logits + size_t(i) * vocab;
+        const float* row = logits + size_t(i) * stride;
         lse[i] = kernels().log_sum_exp(row, engine.dims.vocab);
         logp[first + i] = row[targets[first + i]] - lse[i];
       }
     });
     if (!d_logp) continue;
     const bool low = low_products(mode);
-    logits_backward(engine, low, logits, lse, targets + first, d_logp + first, n);
+    logits_backward(engine, low, logits, stride, lse, targets + first, d_logp + first, n);
     const Batch plain;
-    LinearBackwardJob job[] = {{&engine.head, kTargets, logits, vocab, nullptr}};
-    if (low) job[0] = {&engine.head, kTargets, nullptr, 2 * vocab, nullptr, reinterpret_cast<const bf16*>(logits)};
+    LinearBackwardJob job[] = {{&engine.head, kTargets, logits, stride, nullptr}};
+    if (low) job[0] = {&engine.head, kTargets, nullptr, 2 * stride, nullptr, reinterpret_cast<const bf16*>(logits)};
     float* dh = engine.head_dx.get<float>(size_t(n) * width);
     linear_backward(engine, input, job, 1, plain, 0, dh, width);
     for (int i = 0; i < n; i++) {

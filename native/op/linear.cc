@@ -72,16 +72,7 @@ void project_rows(const T* a, int lda, int rows, const float* s, int ld, int wid
 // ---- forward ----------------------------------------------------------------------------------------------------------
 
 // The rows of x that a job takes.
-Activations input_of(const LinearJob& job, Activations x) {
-  if (!job.rows) return x;
-  const size_t at = size_t(job.row) * size_t(x.cols);
-  x.rows = job.rows;
-  if (x.f32) x.f32 += at;
-  if (x.low) x.low += at;
-  if (x.q) x.q += at * size_t(code_bytes(x.digits));
-  if (x.blocks) x.blocks += at / kTileCols;
-  return x;
-}
+Activations input_of(const LinearJob& job, const Activations& x) { return job.rows ? x.part(job.row, job.rows) : x; }
 
 // The strips of matrices that share their input, in tasks.
 struct Strips {
@@ -218,14 +209,15 @@ void linear_panels(Engine& engine, const Activations& x, const LinearJob* jobs, 
     const LinearJob& job = jobs[j];
     const Activations& in = inputs.emplace_back(input_of(job, x));
     PanelProduct<T>& product = products.emplace_back();
-    product = {{{job.w, Ops<T>::of(in), in.cols}}, {}, false, job.add, in.rows, job.w->rows, job.y, job.ldy};
+    product = {{{job.w, Ops<T>::of(in), Ops<T>::stride(in)}}, {}, false, job.add, in.rows, job.w->rows, job.y, job.ldy};
     const int widest = widest_rank(batch, layer, job.target);
     if (!widest) continue;
     float* u = (job.u ? *job.u : engine.target_u[job.target]).get<float>(size_t(x.rows) * widest) + size_t(job.row) * widest;
     for_adapter_runs(batch, layer, job, [&](const Lora& lora, int first, int last) {
       for_shares(last - first, [&](int a, int b, int thread) {
-        project_rows<T>(Ops<T>::of(in) + size_t(first + a) * in.cols, in.cols, b - a, lora.a, lora.lda, job.w->cols, lora.rank,
-                        lora.scale, u + size_t(first + a) * widest, widest, engine.thread_scratch[thread]);
+        project_rows<T>(Ops<T>::of(in) + size_t(first + a) * Ops<T>::stride(in), Ops<T>::stride(in), b - a, lora.a, lora.lda,
+                        job.w->cols, lora.rank, lora.scale, u + size_t(first + a) * widest, widest,
+                        engine.thread_scratch[thread]);
       });
       product.low.push_back({u, lora.bt, widest, lora.ldb, lora.rank, job.w->rows, first, last});
     });
@@ -233,9 +225,17 @@ void linear_panels(Engine& engine, const Activations& x, const LinearJob* jobs, 
   multiply_panels(engine, products, x.q ? inputs.data() : nullptr);
 }
 
+// x[rows][cols] as bf16 rows, low_stride(cols) apart.
+void to_low(const float* x, int rows, int cols, bf16* to) {
+  for_rows(rows, 32, [&](int first, int last) {
+    for (int m = first; m < last; m++) kernels().to_bf16(x + size_t(m) * cols, cols, to + size_t(m) * low_stride(cols));
+  });
+}
+
 // da and dbt of one linear, from the gradients du and dy.
 template <class T>
-void adapter_gradients(const Activations& x, const LinearBackwardJob& job, const Lora& lora, const T* dy, const float* du) {
+void adapter_gradients(const Activations& x, const LinearBackwardJob& job, const Lora& lora, const T* dy, int ldy,
+                       const float* du) {
   constexpr int chunk = 64;
   const int trained = lora.rank - lora.trained, a_chunks = (job.w->cols + chunk - 1) / chunk,
             b_chunks = (job.w->rows + chunk - 1) / chunk;
@@ -244,9 +244,10 @@ void adapter_gradients(const Activations& x, const LinearBackwardJob& job, const
     const int width = is_a ? job.w->cols : job.w->rows, first = (is_a ? task : task - a_chunks) * chunk,
               last = std::min(first + chunk, width);
     if (is_a)
-      Ops<T>::outer()(du + lora.trained, lora.rank, trained, Ops<T>::of(x), x.cols, x.rows, first, last, lora.da, lora.lda);
+      Ops<T>::outer()(du + lora.trained, lora.rank, trained, Ops<T>::of(x), Ops<T>::stride(x), x.rows, first, last, lora.da,
+                      lora.lda);
     else
-      Ops<T>::outer()(job.u + lora.trained, lora.rank, trained, dy, job.ldy, x.rows, first, last, lora.dbt, lora.ldb);
+      Ops<T>::outer()(job.u + lora.trained, lora.rank, trained, dy, ldy, x.rows, first, last, lora.dbt, lora.ldb);
   });
 }
 
@@ -255,7 +256,7 @@ void backward_panels(Engine& engine, const Activations& x, const LinearBackwardJ
                      int layer, float* dx, int ldx) {
   size_t total = 0, total_u = 0;
   for (int j = 0; j < count; j++) {
-    if (!jobs[j].dy_low) total += size_t(x.rows) * jobs[j].ldy;
+    if (!jobs[j].dy_low) total += size_t(x.rows) * low_stride(jobs[j].ldy);
     if (const Lora* lora = lora_of(batch.lora(), layer, jobs[j].target)) total_u += size_t(x.rows) * lora->rank;
   }
   const int width = jobs[0].w->cols;
@@ -265,26 +266,27 @@ void backward_panels(Engine& engine, const Activations& x, const LinearBackwardJ
   for (int j = 0; j < count; j++) {
     const LinearBackwardJob& job = jobs[j];
     const T* dy;
+    int ldy = job.ldy;
     if constexpr (std::is_same_v<T, bf16>) {
-      dy = job.dy_low ? job.dy_low : low;
-      if (!job.dy_low) {
-        for_rows(x.rows, 32, [&](int a, int b) {
-          kernels().to_bf16(job.dy + size_t(a) * job.ldy, (b - a) * job.ldy, low + size_t(a) * job.ldy);
-        });
-        low += size_t(x.rows) * job.ldy;
+      dy = job.dy_low;
+      if (!dy) {
+        ldy = low_stride(job.ldy);
+        to_low(job.dy, x.rows, job.ldy, low);
+        dy = low;
+        low += size_t(x.rows) * ldy;
       }
     } else {
       dy = job.dy;
     }
-    products[0].terms.push_back({job.w, dy, job.ldy});
+    products[0].terms.push_back({job.w, dy, ldy});
     const Lora* lora = lora_of(batch.lora(), layer, job.target);
     if (!lora) continue;
     for_shares(x.rows, [&](int a, int b, int thread) {
-      project_rows<T>(dy + size_t(a) * job.ldy, job.ldy, b - a, lora->bt, lora->ldb, job.w->rows, lora->rank, lora->scale,
+      project_rows<T>(dy + size_t(a) * ldy, ldy, b - a, lora->bt, lora->ldb, job.w->rows, lora->rank, lora->scale,
                       du + size_t(a) * lora->rank, lora->rank, engine.thread_scratch[thread]);
     });
     products[0].low.push_back({du, lora->a, lora->rank, lora->lda, lora->rank, width, 0, x.rows});
-    if (lora->da) adapter_gradients<T>(x, job, *lora, dy, du);
+    if (lora->da) adapter_gradients<T>(x, job, *lora, dy, ldy, du);
     du += size_t(x.rows) * lora->rank;
   }
   if (dx) multiply_panels<T>(engine, products, nullptr);
@@ -323,11 +325,10 @@ Activations prepare(Mode mode, int digits, const float* x, int rows, int cols, B
   const bool words = digits == 2 && rows > 1 && kernels().words;
   Activations a{mode, rows, cols, words ? kWords : digits, x, nullptr, nullptr, nullptr};
   if (low_products(mode)) {
-    bf16* to = low.get<bf16>(size_t(rows) * cols);
-    for_rows(rows, 32, [&](int first, int last) {
-      kernels().to_bf16(x + size_t(first) * cols, (last - first) * cols, to + size_t(first) * cols);
-    });
+    bf16* to = low.get<bf16>(size_t(rows) * low_stride(cols));
+    to_low(x, rows, cols, to);
     a.low = to;
+    a.low_ld = low_stride(cols);
   } else if (mode != Mode::f32 && digits) {
     const int per_row = cols / kTileCols;
     const size_t row_bytes = size_t(cols) * size_t(code_bytes(digits));

@@ -91,19 +91,20 @@ Activations gather(Engine& engine, const Activations& x, const Pairs& pairs, boo
   const size_t count = size_t(pairs.count()), cols = size_t(x.cols), codes = cols * size_t(code_bytes(x.digits)),
                blocks = cols / kTileCols;
   float* f32 = !x.low && (x.mode != Mode::int8 || wide) ? engine.pair_x.get<float>(count * cols) : nullptr;
-  bf16* low = x.low ? engine.pair_low.get<bf16>(count * cols) : nullptr;
+  const size_t stride = size_t(x.low_ld);
+  bf16* low = x.low ? engine.pair_low.get<bf16>(count * stride) : nullptr;
   int8_t* q = x.q ? engine.pair_q.get<int8_t>(count * codes) : nullptr;
   ActBlock* scales = x.q ? engine.pair_blocks.get<ActBlock>(count * blocks) : nullptr;
   for_rows(pairs.count(), 16, [&](int first, int last) {
     for (size_t i = size_t(first); i < size_t(last); i++) {
       const size_t m = size_t(pairs.row[i]);
       if (f32) std::memcpy(f32 + i * cols, x.f32 + m * cols, cols * sizeof(float));
-      if (low) std::memcpy(low + i * cols, x.low + m * cols, cols * sizeof(bf16));
+      if (low) std::memcpy(low + i * stride, x.low + m * stride, cols * sizeof(bf16));
       if (q) std::memcpy(q + i * codes, x.q + m * codes, codes);
       if (scales) std::memcpy(scales + i * blocks, x.blocks + m * blocks, blocks * sizeof(ActBlock));
     }
   });
-  return {x.mode, pairs.count(), x.cols, x.digits, f32, low, q, scales};
+  return {x.mode, pairs.count(), x.cols, x.digits, f32, low, q, scales, x.low_ld};
 }
 
 bool adapted(const LoraSet* set, int layer, std::initializer_list<Target> targets) {
@@ -411,7 +412,7 @@ void moe_backward(Engine& engine, int layer, Mode mode, float* dx, const Batch& 
     if (adapted(set, layer, {kGate, kUp})) input = gather(engine, shared_input, pairs, false);
   }
   for (int e = 0; e < own.experts; e++) {
-    const size_t first = size_t(pairs.start[size_t(e)]), at = first * size_t(width);
+    const size_t first = size_t(pairs.start[size_t(e)]);
     const LoraSet own_set = set ? expert_set(engine.dims, own, *set, layer, e) : LoraSet(1);
     ExpertBackward expert{own.expert(kGate, e),
                           own.expert(kUp, e),
@@ -421,13 +422,10 @@ void moe_backward(Engine& engine, int layer, Mode mode, float* dx, const Batch& 
                           pairs.row.data() + first,
                           weights + e,
                           d_weights + first,
-                          input,
+                          input.part(int(first), pairs.of(e)),
                           {},
                           pairs.of(e),
                           stride};
-    expert.input.rows = expert.rows;
-    if (input.f32) expert.input.f32 += at;
-    if (input.low) expert.input.low += at;
     for (const Target target : {kGate, kUp, kDown})
       if (const int rank = own_set[0][target].rank) expert.u[target] = tape.u[target].data<float>() + first * size_t(rank);
     if (expert.rows) expert_backward(engine, expert, &own_set, d_branch, dh);

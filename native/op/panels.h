@@ -16,11 +16,12 @@ constexpr int kPanelDepth = 256;
 // The kernels, and what they take of the activations, whose factors are T: bf16 or float.
 template <class T>
 struct Ops {
-  static auto panel() { return pick(kernels().panel_bf16, kernels().panel_f32); }
+  static auto panels() { return pick(kernels().panels_bf16, kernels().panels_f32); }
   static auto plain_panel() { return pick(kernels().plain_panel_bf16, kernels().plain_panel_f32); }
   static auto gemm() { return pick(kernels().gemm_bf16, kernels().gemm_f32); }
   static auto outer() { return pick(kernels().outer_bf16, kernels().outer_f32); }
   static const T* of(const Activations& x) { return pick(x.low, x.f32); }
+  static int stride(const Activations& x) { return pick(x.low_ld, x.cols); }
 
  private:
   template <class Low, class Wide>
@@ -57,67 +58,60 @@ struct PanelProduct {
   int ldy;
 };
 
-// Rows that meet all panels of a task before the next ones do: 128 x 1,536 bf16 are 384 KB.
-constexpr int kRowBlock = 128;
-// Bytes of panels decoded at once, to stay in a second-level cache beside them.
-constexpr int kDecoded = 384 << 10;
+// Rows that meet all panels of a task before the next ones do, and the most panels of a task: the rows are read that many times
+// less often. 1,024 steps of the contraction are decoded at once as bf16, 512 as float32: with the rows (256 KB) and the sums
+// they fill a second-level cache of 1 MB.
+constexpr int kRowBlock = 128, kMostPanels = 4, kDecodedBytes = kMostPanels * 1024 * kPanelCols * int(sizeof(bf16));
 
-// Panels as one task decodes and multiplies them. The sums of a row do not depend on which panels or rows are taken together.
+// Neighbouring panels, columns [column, last) of y, as one task decodes and multiplies them. The sums of a row do not depend on
+// which panels or rows are taken together.
 template <class T>
 class PanelTask {
  public:
-  PanelTask(const PanelProduct<T>& product, Buffer& scratch) : p(product) {
+  PanelTask(const PanelProduct<T>& product, int column, int last, Buffer& scratch)
+      : p(product), column_(column), panels_(round_up(last - column, kPanelCols) / kPanelCols) {
     for (const Term<T>& term : p.terms) {
-      const int depth = p.backward ? term.w->strips() * kStripRows : term.w->tiles() * kTileCols;
+      const int depth = round_up(p.backward ? term.w->rows : term.w->cols, kTileCols);
       for (int from = 0; from < depth; from += kPanelDepth) pieces_.push_back({&term, from, std::min(kPanelDepth, depth - from)});
     }
-    taken_ = std::clamp(int(kDecoded / (kPiece * sizeof(T))), 1, int(pieces_.size()));
-    together_ = int(pieces_.size()) > taken_ ? 1 : std::max(1, int(kDecoded / (kPiece * sizeof(T))) / taken_);
+    taken_ = std::min(kDecodedBytes / int(kMostPanels * kPiece * sizeof(T)), int(pieces_.size()));
     for (const LowRank& low : p.low) low_floats_ += size_t(round_up(low.rank, 16)) * kPanelCols;
-    const size_t decoded = size_t(together_) * size_t(taken_) * kPiece * sizeof(T) / sizeof(float);
-    sums_ = scratch.get<float>(decoded + size_t(together_) * low_floats_ + size_t(round_up(p.rows, kRowBlock)) * kPanelCols);
-    panels_ = reinterpret_cast<T*>(sums_ + size_t(round_up(p.rows, kRowBlock)) * kPanelCols);
-    low_ = reinterpret_cast<float*>(panels_ + size_t(together_) * size_t(taken_) * kPiece);
+    const size_t decoded = size_t(panels_) * size_t(taken_) * kPiece * sizeof(T) / sizeof(float);
+    const size_t sums = size_t(panels_) * panel_sums();
+    sums_ = scratch.get<float>(sums + decoded + size_t(panels_) * low_floats_);
+    decoded_ = reinterpret_cast<T*>(sums_ + sums);
+    low_ = sums_ + sums + decoded;
+    for (int i = 0; i < panels_; i++) take_low(i);
   }
 
-  // Columns [column, last) of y.
-  void run(int column, int last) {
-    for (; column < last; column += together_ * kPanelCols) {
-      const int end = std::min(last, column + together_ * kPanelCols);
-      for (int c = column, i = 0; c < end; c += kPanelCols, i++) take_low(c, i);
-      for (size_t begin = 0; begin < pieces_.size(); begin += size_t(taken_)) {
-        const size_t count = std::min(size_t(taken_), pieces_.size() - begin);
-        for (int c = column, i = 0; c < end; c += kPanelCols, i++)
+  void run() {
+    const bool in_one_go = taken_ == int(pieces_.size());
+    for (size_t begin = 0; begin < pieces_.size(); begin += size_t(taken_)) {
+      const size_t count = std::min(size_t(taken_), pieces_.size() - begin);
+      decode(begin, count);
+      for (int row = 0; row < p.rows; row += kRowBlock)
+        for (int i = 0; i < panels_; i++) {
+          const int rows = std::min(kRowBlock, p.rows - row);
+          float* sums = in_one_go ? sums_ : sums_ + size_t(i) * panel_sums() + size_t(row) * kPanelCols;
           for (size_t k = 0; k < count; k++) {
             const Piece& piece = pieces_[begin + k];
-            Ops<T>::panel()(*piece.term->w, p.backward, c, piece.from, piece.count, panel(i, k));
+            Ops<T>::gemm()(piece.term->a + size_t(row) * piece.term->lda + piece.from, piece.term->lda, rows, panel(i, k),
+                           piece.count, kPanelCols, sums, begin + k > 0);
           }
-        const bool complete = begin + count == pieces_.size();
-        for (int row = 0; row < p.rows; row += kRowBlock)
-          for (int c = column, i = 0; c < end; c += kPanelCols, i++) {
-            const int rows = std::min(kRowBlock, p.rows - row);
-            float* sums = begin == 0 && complete ? sums_ : sums_ + size_t(row) * kPanelCols;
-            for (size_t k = 0; k < count; k++) {
-              const Piece& piece = pieces_[begin + k];
-              Ops<T>::gemm()(piece.term->a + size_t(row) * piece.term->lda + piece.from, piece.term->lda, rows, panel(i, k),
-                             piece.count, kPanelCols, sums, begin + k > 0);
-            }
-            if (complete) put(c, i, row, rows, sums);
-          }
-      }
+          if (begin + count == pieces_.size()) put(i, row, rows, sums);
+        }
     }
   }
 
-  // Columns [column, last) of y by int8 products with two digits, in place of the only term's.
-  void run_int8(const Activations& x, int column, int last) {
-    for (; column < last; column += kPanelCols) {
-      take_low(column, 0);
+  // By int8 products with two digits, in place of the only term's.
+  void run_int8(const Activations& x) {
+    for (int i = 0; i < panels_; i++) {
       Matrix own = *p.terms[0].w;
-      own.data = own.strip(column / kStripRows);
-      own.rows = std::min(kPanelCols, own.rows - column);
+      own.data = own.strip((column_ + i * kPanelCols) / kStripRows);
+      own.rows = std::min(kPanelCols, own.rows - column_ - i * kPanelCols);
       if (own.strips() * kStripRows < kPanelCols) std::fill_n(sums_, size_t(x.rows) * kPanelCols, 0.0f);
       kernels().gemm_i8(own, 0, own.strips(), {}, x.digits, x.q, x.blocks, x.rows, sums_, kPanelCols, false);
-      put(column, 0, 0, x.rows, sums_);
+      put(i, 0, x.rows, sums_);
     }
   }
 
@@ -129,26 +123,38 @@ class PanelTask {
   };
 
   const PanelProduct<T>& p;
+  const int column_, panels_;
   std::vector<Piece> pieces_;
-  int taken_, together_;  // pieces decoded at once, and panels: several only where all pieces of each are
+  int taken_;  // pieces decoded at once
   size_t low_floats_ = 0;
-  float* sums_;
-  T* panels_;
-  float* low_;
+  float *sums_, *low_;
+  T* decoded_;
 
-  T* panel(int index, size_t piece) { return panels_ + (size_t(index) * size_t(taken_) + piece) * kPiece; }
+  size_t panel_sums() const { return size_t(round_up(p.rows, kRowBlock)) * kPanelCols; }
+  T* panel(int index, size_t piece) { return decoded_ + (size_t(index) * size_t(taken_) + piece) * kPiece; }
 
-  void take_low(int column, int index) {
+  // Pieces of one term that follow each other are read in one go.
+  void decode(size_t begin, size_t count) {
+    for (size_t k = 0, next; k < count; k = next) {
+      const Piece& first = pieces_[begin + k];
+      int depth = 0;
+      for (next = k; next < count && pieces_[begin + next].term == first.term; next++) depth += pieces_[begin + next].count;
+      Ops<T>::panels()(*first.term->w, p.backward, column_, panels_, first.from, depth, panel(0, k), size_t(taken_) * kPiece);
+    }
+  }
+
+  void take_low(int index) {
     float* to = low_ + size_t(index) * low_floats_;
     for (const LowRank& low : p.low) {
       const int depth = round_up(low.rank, 16);
-      kernels().plain_panel_f32(low.b, low.ldb, low.rank, low.cols, true, column, 0, depth, to);
+      kernels().plain_panel_f32(low.b, low.ldb, low.rank, low.cols, true, column_ + index * kPanelCols, 0, depth, to);
       to += size_t(depth) * kPanelCols;
     }
   }
 
   // Adds the adapters of rows [row, row + rows) and writes them.
-  void put(int column, int index, int row, int rows, float* sums) {
+  void put(int index, int row, int rows, float* sums) {
+    const int column = column_ + index * kPanelCols;
     const float* b = low_ + size_t(index) * low_floats_;
     for (const LowRank& low : p.low) {
       const int first = std::max(row, low.first), last = std::min(row + rows, low.last);
@@ -170,27 +176,27 @@ class PanelTask {
   }
 };
 
-// All of them on all threads, neighbouring panels as one task where there are enough.
+// All of them on all threads.
 template <class T>
 void multiply_panels(Engine& engine, const std::vector<PanelProduct<T>>& products, const Activations* int8) {
   struct Task {
     const PanelProduct<T>* product;
     int column, last;
   };
-  constexpr int kMost = 4;
-  int all = 0;
-  for (const PanelProduct<T>& p : products) all += (p.cols + kPanelCols - 1) / kPanelCols;
-  const int width = std::clamp(all / (2 * threads()), 1, kMost) * kPanelCols;
   std::vector<Task> tasks;
-  for (const PanelProduct<T>& p : products)
-    for (int column = 0; column < p.cols; column += width) tasks.push_back({&p, column, std::min(column + width, p.cols)});
+  for (const PanelProduct<T>& p : products) {  // equal tasks, as many for each thread
+    const int panels = round_up(p.cols, kPanelCols) / kPanelCols, least = round_up(panels, kMostPanels) / kMostPanels,
+              count = std::min(panels, round_up(least, threads()));
+    for (int i = 0; i < count; i++)
+      tasks.push_back({&p, panels * i / count * kPanelCols, std::min(p.cols, panels * (i + 1) / count * kPanelCols)});
+  }
   parallel_for(int(tasks.size()), [&](int index, int thread) {
     const Task& t = tasks[size_t(index)];
-    PanelTask<T> task(*t.product, engine.thread_scratch[size_t(thread)]);
+    PanelTask<T> task(*t.product, t.column, t.last, engine.thread_scratch[size_t(thread)]);
     if (int8 && !t.product->terms[0].w->floating())
-      task.run_int8(int8[t.product - products.data()], t.column, t.last);
+      task.run_int8(int8[t.product - products.data()]);
     else
-      task.run(t.column, t.last);
+      task.run();
   });
 }
 

@@ -234,14 +234,25 @@ float panel_value(const std::vector<bf16>& panel, int p, int c) {
 float kept(const Floats&, float value) { return value; }
 float kept(const std::vector<bf16>&, float value) { return bf16_to_float(float_to_bf16(value)); }
 
-template <class T, class Fill, class At>
-void check_panel(int count, Fill fill, At at, const char* what) {
-  std::vector<T> panel(size_t(count * kPanelCols), T(7));
-  fill(panel.data());
+template <class T, class At>
+void check_panel(const std::vector<T>& panel, int count, At at, const char* what) {
   for (int p = 0; p < count; p++)
     for (int c = 0; c < kPanelCols; c++)
       CHECK(panel_value(panel, p, c) == kept(panel, at(p, c)), "%s [%d, %d]: %g, expected %g", what, p, c,
             double(panel_value(panel, p, c)), double(kept(panel, at(p, c))));
+}
+
+// Two panels of 64 rows, one behind the other with a gap, which stays as it is.
+template <class T, class Fill, class At>
+void check_panels(Fill fill, At at, const char* what) {
+  constexpr int count = 64, gap = 64, size = count * kPanelCols;
+  std::vector<T> both(2 * size + gap, T(7));
+  fill(both.data(), 2, count, size_t(size + gap));
+  for (int i : {0, 1}) {
+    const auto first = both.begin() + i * (size + gap);
+    check_panel(std::vector<T>(first, first + size), count, [&](int p, int c) { return at(p, i * kPanelCols + c); }, what);
+  }
+  CHECK(std::all_of(both.begin() + size, both.begin() + size + gap, [](T x) { return x == T(7); }), "%s wrote behind it", what);
 }
 
 TEST("products: panels hold the weights by definition, both ways, zero outside") {
@@ -252,8 +263,13 @@ TEST("products: panels hold the weights by definition, both ways, zero outside")
         for (int column : {0, 48})
           for (int from : {0, 32}) {
             const auto at = [&](int p, int c) { return backward ? w.at(from + p, column + c) : w.at(column + c, from + p); };
-            check_panel<float>(48, [&](float* to) { k.panel_f32(w.matrix, backward, column, from, 48, to); }, at, "panel_f32");
-            check_panel<bf16>(48, [&](bf16* to) { k.panel_bf16(w.matrix, backward, column, from, 48, to); }, at, "panel_bf16");
+            const auto fill = [&](auto panels) {
+              return [&, panels](auto* to, int all, int count, size_t stride) {
+                panels(w.matrix, backward, column, all, from, count, to, stride);
+              };
+            };
+            check_panels<float>(fill(k.panels_f32), at, "panels_f32");
+            check_panels<bf16>(fill(k.panels_bf16), at, "panels_bf16");
           }
     }
   });
@@ -268,12 +284,12 @@ TEST("products: panels of a plain matrix") {
       for (int column : {0, 16, 48})
         for (int from : {0, 32}) {
           const auto at = [&](int p, int c) { return backward ? value(from + p, column + c) : value(column + c, from + p); };
-          check_panel<float>(
-              32, [&](float* to) { k.plain_panel_f32(source.data(), ld, rows, cols, backward, column, from, 32, to); }, at,
-              "plain_panel_f32");
-          check_panel<bf16>(
-              32, [&](bf16* to) { k.plain_panel_bf16(source.data(), ld, rows, cols, backward, column, from, 32, to); }, at,
-              "plain_panel_bf16");
+          Floats wide(32 * kPanelCols);
+          std::vector<bf16> low(32 * kPanelCols);
+          k.plain_panel_f32(source.data(), ld, rows, cols, backward, column, from, 32, wide.data());
+          k.plain_panel_bf16(source.data(), ld, rows, cols, backward, column, from, 32, low.data());
+          check_panel(wide, 32, at, "plain_panel_f32");
+          check_panel(low, 32, at, "plain_panel_bf16");
         }
   });
 }
