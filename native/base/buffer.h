@@ -27,10 +27,10 @@ class Buffer {
   }
   ~Buffer() { std::free(data_); }
 
-  // At least `count` elements; new memory is zero. Aligned to kHugePage it has pages of that size, where the system gives them.
+  // At least `count` elements; new memory is zero. As much as a huge page has these pages, where the system gives them.
   template <class T>
-  T* get(size_t count, size_t align = 64) {
-    const size_t wanted = (count * sizeof(T) + 63) / 64 * 64;
+  T* get(size_t count) {
+    const size_t wanted = (count * sizeof(T) + 63) / 64 * 64, align = wanted < kHugePage ? 64 : kHugePage;
     if (wanted > bytes_) {
       std::free(std::exchange(data_, nullptr));
       bytes_ = 0;

@@ -47,7 +47,7 @@ void KvCache::reserve(int pages) {
   const size_t most = std::max<size_t>(1, 4 * kHugePage / std::max<size_t>(1, page_bytes()));
   while (int(pages_.size()) < pages) {  // as many as are missing, or as there are: a short text takes little
     const size_t count = std::min(most, std::max(size_t(pages) - pages_.size(), pages_.size())), bytes = count * page_bytes();
-    uint8_t* first = slabs_.emplace_back().get<uint8_t>(bytes, bytes < kHugePage ? 64 : kHugePage);
+    uint8_t* first = slabs_.emplace_back().get<uint8_t>(bytes);
     for (size_t i = 0; i < count; i++) pages_.push_back(first + i * page_bytes());
   }
 }
