@@ -222,6 +222,15 @@ void gemm_bf16_tiles(const bf16* a, int lda, int rows, const bf16* panel, int co
   settled();
 }
 
+// Past the caches: these sums are read much later, and their lines need not be read to be written. Training x 1.08, where the
+// third-level cache is not faster than memory.
+void write_sums_past(const float* c, int rows, int width, bool add, float* y, int ldy) {
+  if (add || uintptr_t(y) % 64) return write_sums<Avx512>(c, rows, width, add, y, ldy);
+  for (int m = 0; m < rows; m++, c += kPanelCols, y += ldy)
+    for (int i = 0; i < width; i += 16) _mm512_stream_ps(y + i, _mm512_load_ps(c + i));
+  _mm_sfence();
+}
+
 // ---- limits: the same products, their operands in the first-level cache -------------------------------------------------------
 
 int64_t peak_tiles(Peak what, int64_t steps) {
@@ -255,6 +264,7 @@ constexpr Kernels make_tile_kernels() {
   Kernels k = make_kernels<Avx512>(Level::amx);
   k.gemm_i8 = gemm_i8_tiles;
   k.gemm_bf16 = gemm_bf16_tiles;
+  k.write_sums = write_sums_past;
   k.attend_bf16 = attend_tiles;
   k.attend_backward_bf16 = attend_backward_tiles;
   k.peak = peak_tiles;

@@ -460,6 +460,12 @@ void gemm_f32(const float* a, int lda, int rows, const float* panel, int count, 
 }
 
 template <class V>
+void write_sums(const float* c, int rows, int width, bool add, float* y, int ldy) {
+  for (int m = 0; m < rows; m++, c += kPanelCols, y += ldy)
+    for (int i = 0; i < width; i += V::W) V::store(y + i, add ? V::add(V::load(y + i), V::load(c + i)) : V::load(c + i));
+}
+
+template <class V>
 void read_row(const Matrix& w, int row, float* out) {
   alignas(64) float block[256] = {};
   with_format(w.format, [&](auto format) {

@@ -18,6 +18,7 @@ constexpr Kernels make_kernels(Level level) {
   k.words = V::kHasWords;
   k.gemm_i8 = gemm_i8<V>;
   k.gemm_float = gemm_float<V>;
+  k.write_sums = write_sums<V>;
   k.panels_bf16 = panels_bf16<V>;
   k.panels_f32 = panels_f32<V>;
   k.plain_panel_bf16 = plain_panel_bf16<V>;

@@ -117,6 +117,8 @@ struct Kernels {
   // multiples of 32 has the bits of the whole.
   void (*gemm_bf16)(const bf16* a, int lda, int rows, const bf16* panel, int count, int columns, float* c, bool add);
   void (*gemm_f32)(const float* a, int lda, int rows, const float* panel, int count, int columns, float* c, bool add);
+  // y[m, i] (+)= c[m, i] for i < width, a multiple of 16; rows of c 48 apart, of y ldy, a multiple of 32
+  void (*write_sums)(const float* c, int rows, int width, bool add, float* y, int ldy);
   // out[k] = W[row, k]
   void (*read_row)(const Matrix& w, int row, float* out);
   // -- adapters, sums in float32 ------------------------------------------------------------------------------------

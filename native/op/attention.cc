@@ -410,8 +410,7 @@ void attention_forward(Engine& engine, int layer, Mode mode, float* x, const Bat
   const Heads h(engine, layer, batch);
   const Layer& own = h.own;
   const size_t rows = size_t(batch.rows);
-  const float* hidden = normed(engine, x, own.attn_norm, own.attn_norm_bias, batch.rows);
-  const Activations input = prepare(mode, engine.digits[0], hidden, batch.rows, h.d, engine.normed_low, engine.q8, engine.blocks);
+  const Activations input = prepare_normed(engine, mode, engine.digits[0], x, own.attn_norm, own.attn_norm_bias, batch.rows);
   if (tape) save_rows(mode, x, rows * h.d, tape->x);
   const LinearJob jobs[] = {
       {&own.w[kQ], kQ, engine.q.get<float>(rows * h.q), h.q, false, tape ? &tape->u[kQ] : nullptr, own.bias[kQ]},
@@ -459,8 +458,7 @@ void attention_backward(Engine& engine, int layer, Mode mode, float* dx, const B
   attend_all_backward(engine, mode, batch, h, tape, flat, d_flat);
   // through the input products and the norm
   const float* x = load_rows(mode, tape.x, rows * h.d, engine.x_wide);
-  const float* hidden = normed(engine, x, own.attn_norm, own.attn_norm_bias, batch.rows);
-  const Activations input = prepare(mode, 0, hidden, batch.rows, h.d, engine.normed_low, engine.q8, engine.blocks);
+  const Activations input = prepare_normed(engine, mode, 0, x, own.attn_norm, own.attn_norm_bias, batch.rows);
   const LinearBackwardJob jobs[] = {
       {&own.w[kQ], kQ, engine.dq.data<float>(), h.q, tape.u[kQ].data<float>()},
       {&own.w[kK], kK, engine.dk.data<float>(), h.kv, tape.u[kK].data<float>()},

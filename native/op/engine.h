@@ -227,10 +227,33 @@ struct Activations {
   }
 };
 
+// Rows that are computed one after the other and kept as float32 or as bf16, `ld` apart.
+struct Rows {
+  float* f32;
+  bf16* low;
+  int cols, ld;
+
+  // Where row m is computed: `scratch` if it is then converted.
+  float* begin(int m, float* scratch) const { return f32 ? f32 + size_t(m) * size_t(ld) : scratch; }
+  void end(int m, const float* row) const {
+    if (low) kernels().to_bf16(row, cols, low + size_t(m) * size_t(ld));
+  }
+  void put(int m, const float* row) const {
+    if (f32) std::memcpy(begin(m, nullptr), row, size_t(cols) * sizeof(float));
+    end(m, row);
+  }
+  const float* read(int m, float* scratch) const {
+    if (low) kernels().to_f32(low + size_t(m) * size_t(ld), cols, scratch);
+    return begin(m, scratch);
+  }
+};
+
 // Converts x[rows][cols] (stride cols) as the mode asks: into `low` (bf16, if the level has dots of it) or `q` + `blocks`: int8
 // of one or two digits, and for bf16 on the other levels always two, which are exacter and faster than float32 panels. With 0
 // digits, as backward takes x, there are none.
 Activations prepare(Mode mode, int digits, const float* x, int rows, int cols, Buffer& low, Buffer& q, Buffer& blocks);
+// The same of rows_for_products.
+Activations prepare(Mode mode, int digits, const Rows& x, int rows, Buffer& q, Buffer& blocks);
 
 struct LinearJob {
   const Matrix* w;
@@ -272,6 +295,22 @@ void for_rows(int rows, int grain, Body&& body) {
   parallel_for(chunks, [&](int task, int) { body(task * grain, rows < (task + 1) * grain ? rows : (task + 1) * grain); });
 }
 
+// Runs body(row, scratch) for every row, with `floats` of the thread's scratch.
+template <class Body>
+void for_each_row(Engine& engine, int rows, size_t floats, Body&& body) {
+  constexpr int grain = 8;
+  parallel_for((rows + grain - 1) / grain, [&](int task, int thread) {
+    float* scratch = engine.thread_scratch[size_t(thread)].get<float>(floats);
+    for (int m = task * grain; m < std::min(rows, (task + 1) * grain); m++) body(m, scratch);
+  });
+}
+
+// What products take: bf16, in `low`, where they round their factors, or else float32, in `wide`, which may be the same buffer.
+Rows rows_for_products(Mode mode, int rows, int cols, Buffer& wide, Buffer& low);
+// What the tape keeps of them.
+Rows rows_on_tape(Mode mode, int rows, int cols, Buffer& tape);
+Rows rows_on_tape(Mode mode, int cols, const Buffer& tape);
+
 // Zeroes columns [used, stride) of every row.
 void clear_padding(float* x, int rows, int used, int stride);
 
@@ -288,6 +327,8 @@ void norm_row_backward(const Dims&, const float* x, const float* weight, const f
 
 // norm(x) of every row, in engine.normed; x itself where there is no norm (weight null).
 const float* normed(Engine&, const float* x, const float* weight, const float* bias, int rows);
+// The same as products take it.
+Activations prepare_normed(Engine&, Mode mode, int digits, const float* x, const float* weight, const float* bias, int rows);
 // dx += the gradient of x, given that of normed(x).
 void normed_backward(Engine&, const float* x, const float* weight, const float* dh, int rows, float* dx);
 

@@ -232,6 +232,25 @@ void to_low(const float* x, int rows, int cols, bf16* to) {
   });
 }
 
+// x with its int8 codes where the mode has them.
+Activations as_int8(Mode mode, int digits, const float* x, int rows, int cols, Buffer& q, Buffer& blocks) {
+  if (mode == Mode::bf16 && digits) digits = 2;
+  const bool words = digits == 2 && rows > 1 && kernels().words;
+  Activations a{mode, rows, cols, words ? kWords : digits, x, nullptr, nullptr, nullptr};
+  if (mode == Mode::f32 || !digits) return a;
+  const int per_row = cols / kTileCols;
+  const size_t row_bytes = size_t(cols) * size_t(code_bytes(digits));
+  int8_t* codes = q.get<int8_t>(size_t(rows) * row_bytes);
+  ActBlock* scales = blocks.get<ActBlock>(size_t(rows) * per_row);
+  for_rows(rows, 8, [&](int first, int last) {
+    for (int m = first; m < last; m++)
+      kernels().quantize(x + size_t(m) * cols, cols, a.digits, codes + size_t(m) * row_bytes, scales + size_t(m) * per_row);
+  });
+  a.q = codes;
+  a.blocks = scales;
+  return a;
+}
+
 // da and dbt of one linear, from the gradients du and dy.
 template <class T>
 void adapter_gradients(const Activations& x, const LinearBackwardJob& job, const Lora& lora, const T* dy, int ldy,
@@ -321,27 +340,16 @@ StageNames stage_of(int target) {
 
 Activations prepare(Mode mode, int digits, const float* x, int rows, int cols, Buffer& low, Buffer& q, Buffer& blocks) {
   const Timed timed("activations to low precision");
-  if (mode == Mode::bf16 && digits) digits = 2;
-  const bool words = digits == 2 && rows > 1 && kernels().words;
-  Activations a{mode, rows, cols, words ? kWords : digits, x, nullptr, nullptr, nullptr};
-  if (low_products(mode)) {
-    bf16* to = low.get<bf16>(size_t(rows) * low_stride(cols));
-    to_low(x, rows, cols, to);
-    a.low = to;
-    a.low_ld = low_stride(cols);
-  } else if (mode != Mode::f32 && digits) {
-    const int per_row = cols / kTileCols;
-    const size_t row_bytes = size_t(cols) * size_t(code_bytes(digits));
-    int8_t* codes = q.get<int8_t>(size_t(rows) * row_bytes);
-    ActBlock* scales = blocks.get<ActBlock>(size_t(rows) * per_row);
-    for_rows(rows, 8, [&](int first, int last) {
-      for (int m = first; m < last; m++)
-        kernels().quantize(x + size_t(m) * cols, cols, a.digits, codes + size_t(m) * row_bytes, scales + size_t(m) * per_row);
-    });
-    a.q = codes;
-    a.blocks = scales;
-  }
-  return a;
+  if (!low_products(mode)) return as_int8(mode, digits, x, rows, cols, q, blocks);
+  bf16* to = low.get<bf16>(size_t(rows) * size_t(low_stride(cols)));
+  to_low(x, rows, cols, to);
+  return {mode, rows, cols, digits, nullptr, to, nullptr, nullptr, low_stride(cols)};
+}
+
+Activations prepare(Mode mode, int digits, const Rows& x, int rows, Buffer& q, Buffer& blocks) {
+  if (x.low) return {mode, rows, x.cols, digits, nullptr, x.low, nullptr, nullptr, x.ld};
+  const Timed timed("activations to low precision");
+  return as_int8(mode, digits, x.f32, rows, x.cols, q, blocks);
 }
 
 void linear(Engine& engine, const Activations& x, const LinearJob* jobs, int count, const Batch& batch, int layer) {

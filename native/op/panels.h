@@ -164,14 +164,7 @@ class PanelTask {
       b += size_t(round_up(low.rank, 16)) * kPanelCols;
     }
     const int width = std::min(kPanelCols, p.ldy - column);
-    for (int m = 0; m < rows; m++) {
-      float* y = p.y + size_t(row + m) * p.ldy + column;
-      const float* own = sums + size_t(m) * kPanelCols;
-      if (p.add)
-        for (int i = 0; i < width; i++) y[i] += own[i];
-      else
-        std::memcpy(y, own, size_t(width) * sizeof(float));
-    }
+    kernels().write_sums(sums, rows, width, p.add, p.y + size_t(row) * p.ldy + column, p.ldy);
     if (!p.add && column + kPanelCols >= p.cols) clear_padding(p.y + size_t(row) * p.ldy, rows, column + width, p.ldy);
   }
 };

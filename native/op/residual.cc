@@ -35,6 +35,19 @@ const float* normed(Engine& engine, const float* x, const float* weight, const f
   return h;
 }
 
+Activations prepare_normed(Engine& engine, Mode mode, int digits, const float* x, const float* weight, const float* bias,
+                           int rows) {
+  const int width = padded(engine.dims.width);
+  if (!weight || !low_products(mode))
+    return prepare(mode, digits, normed(engine, x, weight, bias, rows), rows, width, engine.normed_low, engine.q8, engine.blocks);
+  const Rows h = rows_for_products(mode, rows, width, engine.normed, engine.normed_low);
+  for_each_row(engine, rows, size_t(width), [&](int m, float* scratch) {
+    norm_row(engine.dims, x + size_t(m) * width, weight, bias, scratch);
+    h.end(m, scratch);
+  });
+  return prepare(mode, digits, h, rows, engine.q8, engine.blocks);
+}
+
 void normed_backward(Engine& engine, const float* x, const float* weight, const float* dh, int rows, float* dx) {
   const int width = padded(engine.dims.width);
   for_rows(rows, 8, [&](int first, int last) {

@@ -63,6 +63,26 @@ void clear_padding(float* x, int rows, int used, int stride) {
     std::memset(x + size_t(m) * stride + used, 0, size_t(stride - used) * sizeof(float));
 }
 
+Rows rows_for_products(Mode mode, int rows, int cols, Buffer& wide, Buffer& low) {
+  if (!low_products(mode)) return {wide.get<float>(size_t(rows) * size_t(cols)), nullptr, cols, cols};
+  const int ld = low_stride(cols);
+  return {nullptr, low.get<bf16>(size_t(rows) * size_t(ld)), cols, ld};
+}
+
+Rows rows_on_tape(Mode mode, int cols, const Buffer& tape) {
+  if (mode == Mode::bf16) return {nullptr, tape.data<bf16>(), cols, cols};
+  return {tape.data<float>(), nullptr, cols, cols};
+}
+
+Rows rows_on_tape(Mode mode, int rows, int cols, Buffer& tape) {
+  const size_t count = size_t(rows) * size_t(cols);
+  if (mode == Mode::bf16)
+    tape.get<bf16>(count);
+  else
+    tape.get<float>(count);
+  return rows_on_tape(mode, cols, tape);
+}
+
 void save_rows(Mode mode, const float* x, size_t count, Buffer& into) {
   constexpr int grain = 1 << 15;  // elements a task
   bf16* low = mode == Mode::bf16 ? into.get<bf16>(count) : nullptr;
