@@ -222,6 +222,79 @@ void gemm_bf16_tiles(const bf16* a, int lda, int rows, const bf16* panel, int co
   settled();
 }
 
+// ---- gradients of adapters: out[r, c] += sum_m u[m, r] x[m, c] ----------------------------------------------------------------
+
+// high[r][m] + low[r][m] = u[m][r] to 16 bits, for 16 ranks and 16 of the 32 rows; zero behind the last.
+inline void split_turned(const float* u, int ldu, int ranks, int rows, bf16 (*high)[32], bf16 (*low)[32]) {
+  alignas(64) float block[16][16], turned[16][16];
+  const __mmask16 used = __mmask16((1u << ranks) - 1);
+  for (int m = 0; m < 16; m++)
+    _mm512_store_ps(block[m], m < rows ? _mm512_maskz_loadu_ps(used, u + size_t(m) * ldu) : _mm512_setzero_ps());
+  Avx512::transpose(block[0], 16, turned[0], 16);
+  for (int r = 0; r < 16; r++) {
+    const __m512 x = _mm512_load_ps(turned[r]);
+    Avx512::store_bf16(high[r], x);
+    Avx512::store_bf16(low[r], Avx512::sub(x, Avx512::from_bf16(high[r])));
+  }
+}
+
+// Rows of x as pairs, 32 columns in two tiles: of each eight columns four are in the first.
+inline void pair_rows(const bf16* x, int ldx, __mmask32 columns, int rows, bf16 (*tiles)[16][32]) {
+  for (int i = 0; i < 16; i++, x += 2 * size_t(ldx)) {
+    const __m512i even = 2 * i < rows ? _mm512_maskz_loadu_epi16(columns, x) : _mm512_setzero_si512(),
+                  odd = 2 * i + 1 < rows ? _mm512_maskz_loadu_epi16(columns, x + ldx) : _mm512_setzero_si512();
+    _mm512_store_si512(tiles[0][i], _mm512_unpacklo_epi16(even, odd));
+    _mm512_store_si512(tiles[1][i], _mm512_unpackhi_epi16(even, odd));
+  }
+}
+
+void outer_bf16_tiles(const float* u, int ldu, int rank, const bf16* x, int ldx, int rows, int first, int last, float* out,
+                      int ldo) {
+  constexpr int kSteps = 32, kColumns = 64;
+  alignas(64) bf16 high[16][kSteps], low[16][kSteps], pairs[4][16][kSteps];
+  alignas(64) float sums[4][16][16];
+  const __m512i in_order[] = {_mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23),
+                              _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31)};
+  TileShapes shapes;
+  for (int i = 0; i < 8; i++) shapes.set(i, kTileRows, 64);
+  shapes.use();
+  for (int c = first; c < last; c += kColumns)
+    for (int r = 0; r < rank; r += 16) {
+      const int ranks = rank - r < 16 ? rank - r : 16;
+      const uint64_t columns = last - c < kColumns ? (uint64_t(1) << (last - c)) - 1 : ~uint64_t(0);
+      zero_tile<0>(), zero_tile<1>(), zero_tile<2>(), zero_tile<3>();
+      for (int m = 0; m < rows; m += kSteps) {
+        const float* own = u + size_t(m) * ldu + r;
+        split_turned(own, ldu, ranks, rows - m, high, low);
+        split_turned(own + 16 * size_t(ldu), ldu, ranks, rows - m - 16, reinterpret_cast<bf16(*)[32]>(high[0] + 16),
+                     reinterpret_cast<bf16(*)[32]>(low[0] + 16));
+        pair_rows(x + size_t(m) * ldx + c, ldx, __mmask32(columns), rows - m, pairs);
+        pair_rows(x + size_t(m) * ldx + c + 32, ldx, __mmask32(columns >> 32), rows - m, pairs + 2);
+        settled();
+        load_tile<4>(high, 64);
+        load_tile<5>(low, 64);
+        load_tile<6>(pairs[0], 64);
+        multiply_bf16<0, 4, 6>(), multiply_bf16<0, 5, 6>();
+        load_tile<7>(pairs[1], 64);
+        multiply_bf16<1, 4, 7>(), multiply_bf16<1, 5, 7>();
+        load_tile<6>(pairs[2], 64);
+        multiply_bf16<2, 4, 6>(), multiply_bf16<2, 5, 6>();
+        load_tile<7>(pairs[3], 64);
+        multiply_bf16<3, 4, 7>(), multiply_bf16<3, 5, 7>();
+      }
+      store_tile<0>(sums[0], 64), store_tile<1>(sums[1], 64), store_tile<2>(sums[2], 64), store_tile<3>(sums[3], 64);
+      settled();
+      for (int i = 0; i < ranks; i++)
+        for (int at = 0; at < kColumns && c + at < last; at += 16) {
+          const __m512 sum = _mm512_permutex2var_ps(_mm512_load_ps(sums[at / 32 * 2][i]), in_order[at / 16 % 2],
+                                                    _mm512_load_ps(sums[at / 32 * 2 + 1][i]));
+          float* to = out + size_t(r + i) * ldo + c + at;
+          const __mmask16 kept = __mmask16(columns >> at);
+          _mm512_mask_storeu_ps(to, kept, _mm512_add_ps(_mm512_maskz_loadu_ps(kept, to), sum));
+        }
+    }
+}
+
 // Past the caches: these sums are read much later, and their lines need not be read to be written. Training x 1.08, where the
 // third-level cache is not faster than memory.
 void write_sums_past(const float* c, int rows, int width, bool add, float* y, int ldy) {
@@ -264,6 +337,7 @@ constexpr Kernels make_tile_kernels() {
   Kernels k = make_kernels<Avx512>(Level::amx);
   k.gemm_i8 = gemm_i8_tiles;
   k.gemm_bf16 = gemm_bf16_tiles;
+  k.outer_bf16 = outer_bf16_tiles;
   k.write_sums = write_sums_past;
   k.attend_bf16 = attend_tiles;
   k.attend_backward_bf16 = attend_backward_tiles;

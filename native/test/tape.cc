@@ -271,6 +271,15 @@ TEST("tape: so do adapters on experts") {
   check_kept_and_again(model, Mode::bf16, {70, 9, 1, 20}, 70);
 }
 
+bool nearly_same(const Floats& a, const Floats& b) {
+  double largest = 0, difference = 0;
+  for (size_t i = 0; i < a.size(); i++) {
+    largest = std::max(largest, std::fabs(double(a[i])));
+    difference = std::max(difference, std::fabs(double(a[i]) - double(b[i])));
+  }
+  return a.size() == b.size() && difference <= largest / (1 << 20);
+}
+
 TEST("tape: rows that nobody reads after the last layer need no second half of it") {
   const std::vector<int> lengths = {70, 9, 1, 20};
   for (Kind kind : {Kind::plain, Kind::head_norms, Kind::row_norms, Kind::experts}) {
@@ -283,8 +292,12 @@ TEST("tape: rows that nobody reads after the last layer need no second half of i
           for (int m = 0; m < read.rows; m += 2) (m ? *read.read : read.read.emplace()).push_back(m);  // those that train() reads
           const Step a = train(model, all, mode, batch_of(lengths, &all.set, prefix), {1, 0, keep}),
                      b = train(model, few, mode, read, {1, 0, keep});
-          CHECK(same_bits(a.logp, b.logp) && same_bits(a.gradients, b.gradients) && same_bits(a.dx, b.dx),
-                "kind %d, prefix %d, mode %d, keep %d: another step", int(kind), prefix, int(mode), keep);
+          CHECK(same_bits(a.logp, b.logp) && same_bits(a.dx, b.dx), "kind %d, prefix %d, mode %d, keep %d: another step",
+                int(kind), prefix, int(mode), keep);
+          // Tiles add rows of gradients in pairs: without those that are zero these are other pairs.
+          const bool pairs = mode == Mode::bf16 && kernels().level == Level::amx;
+          CHECK(pairs ? nearly_same(a.gradients, b.gradients) : same_bits(a.gradients, b.gradients),
+                "kind %d, prefix %d, mode %d, keep %d: other gradients", int(kind), prefix, int(mode), keep);
         }
     Batch batch = batch_of({6, 3}, nullptr);
     const Floats all = logits(model, Mode::int8, batch);
