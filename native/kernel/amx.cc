@@ -206,7 +206,7 @@ void gemm_bf16_tiles(const bf16* a, int lda, int rows, const bf16* panel, int co
     for (int i = 4; i < 7; i++) shapes.set(i, depth / 2, 64);
     shapes.use();
     for (int m = first; m < last; m += height)
-      bf16_rows<N>(a + size_t(m) * lda + from, a + size_t(m + 2 * height <= last ? m + height : m) * lda + from, lda,
+      bf16_rows<N>(a + size_t(m) * lda + from, m + 2 * height <= last ? a + size_t(m + height) * lda + from : a + size_t(first) * lda + from + steps, lda,
                    panel + size_t(from) * kPanelCols, depth, steps, c + size_t(m) * kPanelCols, add || from > 0);
   };
   auto all = [&]<int N>() {
