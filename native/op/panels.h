@@ -59,9 +59,8 @@ struct PanelProduct {
 };
 
 // Rows that meet all panels of a task before the next ones do, and the most panels of a task: the rows are read that many times
-// less often. 1,024 steps of the contraction are decoded at once as bf16, 512 as float32: with the rows (256 KB) and the sums
-// they fill a second-level cache of 1 MB.
-constexpr int kRowBlock = 128, kMostPanels = 4, kDecodedBytes = kMostPanels * 1024 * kPanelCols * int(sizeof(bf16));
+// less often. 1,024 steps of the contraction are decoded at once as bf16, 512 as float32: 576 KB, and 256 KB of rows.
+constexpr int kRowBlock = 128, kMostPanels = 6, kDecodedBytes = kMostPanels * 1024 * kPanelCols * int(sizeof(bf16));
 
 // Neighbouring panels, columns [column, last) of y, as one task decodes and multiplies them. The sums of a row do not depend on
 // which panels or rows are taken together.
