@@ -225,12 +225,13 @@ inline void decode_half_tile(const Matrix& w, int strip, int tile, Visit&& visit
 
 // Asks memory for a tile, and the scales of its block, two strips further on: panels need them soon.
 template <class Q>
-inline void fetch_tile(const Matrix& w, int strip, int tile) {
+inline void fetch_tile(const Matrix& w, int strip, int tile, bool first) {
   constexpr int kStrips = 2;
   const uint8_t *planes = w.strip(strip + kStrips), *plane = planes + size_t(tile) * Q::plane_bytes;
   for (int line = 0; line < Q::plane_bytes; line += 64) __builtin_prefetch(plane + line, 0, 3);
   const uint8_t* scales = planes + w.plane_section + size_t(Q::scale_bytes) * (tile / std::max(1, Q::block_cols / kTileCols));
-  for (int line = 0; line < Q::scale_bytes; line += 64) __builtin_prefetch(scales + line, 0, 3);
+  if (first || tile % std::max(1, Q::block_cols / kTileCols) == 0)
+    for (int line = 0; line < Q::scale_bytes; line += 64) __builtin_prefetch(scales + line, 0, 3);
 }
 
 inline bf16* panel_at(bf16* panel, int p, int c) { return panel + p * kPanelCols + 2 * c; }
@@ -289,7 +290,7 @@ void fill_forward(const Matrix& w, int column, int panels, int from, int count, 
       const int tile = (from + p) / kTileCols;
       T* to = panel_at(own, p, 0);
       const bool inside = strip < w.strips() && tile < w.tiles();
-      if (inside) fetch_tile<Q>(w, strip, tile);
+      if (inside) fetch_tile<Q>(w, strip, tile, p == 0);
       unrolled<2>([&]<int Half>() {
         if (inside)
           decode_half_tile<V, Q, Half>(
@@ -319,7 +320,7 @@ void fill_backward(const Matrix& w, int column, int panels, int from, int count,
           for (auto& own : columns) std::fill_n(own + row, kStripRows, T(0));
           continue;
         }
-        if (half % 2 == 0 || c == 0) fetch_tile<Q>(w, strip, tile);
+        if (half % 2 == 0 || c == 0) fetch_tile<Q>(w, strip, tile, c == 0);
         if (half % 2)
           decode_half_tile<V, Q, 1>(w, strip, tile, take);
         else
