@@ -205,9 +205,12 @@ void gemm_bf16_tiles(const bf16* a, int lda, int rows, const bf16* panel, int co
     shapes.set(3, height, 2 * depth);
     for (int i = 4; i < 7; i++) shapes.set(i, depth / 2, 64);
     shapes.use();
-    for (int m = first; m < last; m += height)
-      bf16_rows<N>(a + size_t(m) * lda + from, m + 2 * height <= last ? a + size_t(m + height) * lda + from : a + size_t(first) * lda + from + steps, lda,
-                   panel + size_t(from) * kPanelCols, depth, steps, c + size_t(m) * kPanelCols, add || from > 0);
+    for (int m = first; m < last; m += height) {
+      // the rows behind these, and after the last ones the first of the next panel
+      const bf16* next = m + 2 * height <= last ? a + size_t(m + height) * lda : a + size_t(first) * lda + steps;
+      bf16_rows<N>(a + size_t(m) * lda + from, next + from, lda, panel + size_t(from) * kPanelCols, depth, steps,
+                   c + size_t(m) * kPanelCols, add || from > 0);
+    }
   };
   auto all = [&]<int N>() {
     const int whole = rows / kTileRows * kTileRows, deep = count / 32 * 32, rest = count - deep;
@@ -222,7 +225,8 @@ void gemm_bf16_tiles(const bf16* a, int lda, int rows, const bf16* panel, int co
   settled();
 }
 
-// ---- gradients of adapters: out[r, c] += sum_m u[m, r] x[m, c] ----------------------------------------------------------------
+// ---- gradients of adapters: out[r, c] += sum_m u[m, r] x[m, c]
+// ----------------------------------------------------------------
 
 // high[r][m] + low[r][m] = u[m][r] to 16 bits, for 16 ranks and 16 of the 32 rows; zero behind the last.
 inline void split_turned(const float* u, int ldu, int ranks, int rows, bf16 (*high)[32], bf16 (*low)[32]) {
@@ -304,7 +308,8 @@ void write_sums_past(const float* c, int rows, int width, bool add, float* y, in
   _mm_sfence();
 }
 
-// ---- limits: the same products, their operands in the first-level cache -------------------------------------------------------
+// ---- limits: the same products, their operands in the first-level cache
+// -------------------------------------------------------
 
 int64_t peak_tiles(Peak what, int64_t steps) {
   if (what != Peak::int8 && what != Peak::bf16) return peak<Avx512>(what, steps);
