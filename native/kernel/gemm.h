@@ -223,7 +223,8 @@ inline void decode_half_tile(const Matrix& w, int strip, int tile, Visit&& visit
   }
 }
 
-// Asks memory for a tile, and the scales of its block, two strips further on: panels need them soon.
+// Asks memory for a tile two strips further on, and for the scales of its block if it is the first of them or of those that are
+// read of a strip: panels need them soon.
 template <class Q>
 inline void fetch_tile(const Matrix& w, int strip, int tile, bool first) {
   constexpr int kStrips = 2;
@@ -302,7 +303,7 @@ void fill_forward(const Matrix& w, int column, int panels, int from, int count, 
   }
 }
 
-// The panels' columns are the matrix's: strips are read in their order, all columns of one before the next.
+// The panels' columns are the matrix's: all that is read of a strip is read before the next strip.
 template <class V, class Q, class T>
 void fill_backward(const Matrix& w, int column, int panels, int from, int count, T* panel, size_t stride) {
   alignas(64) T columns[16][kPairRows];
