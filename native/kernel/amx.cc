@@ -225,8 +225,7 @@ void gemm_bf16_tiles(const bf16* a, int lda, int rows, const bf16* panel, int co
   settled();
 }
 
-// ---- gradients of adapters: out[r, c] += sum_m u[m, r] x[m, c]
-// ----------------------------------------------------------------
+// ---- gradients of adapters: out[r, c] += sum_m u[m, r] x[m, c] ---------------------------------------------------------
 
 // high[r][m] + low[r][m] = u[m][r] to 16 bits, for 16 ranks and 16 of the 32 rows; zero behind the last.
 inline void split_turned(const float* u, int ldu, int ranks, int rows, bf16 (*high)[32], bf16 (*low)[32]) {
@@ -308,8 +307,7 @@ void write_sums_past(const float* c, int rows, int width, bool add, float* y, in
   _mm_sfence();
 }
 
-// ---- limits: the same products, their operands in the first-level cache
-// -------------------------------------------------------
+// ---- limits: the same products, their operands in the first-level cache ------------------------------------------------
 
 int64_t peak_tiles(Peak what, int64_t steps) {
   if (what != Peak::int8 && what != Peak::bf16) return peak<Avx512>(what, steps);

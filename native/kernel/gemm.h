@@ -227,11 +227,11 @@ inline void decode_half_tile(const Matrix& w, int strip, int tile, Visit&& visit
 // read of a strip: panels need them soon.
 template <class Q>
 inline void fetch_tile(const Matrix& w, int strip, int tile, bool first) {
-  constexpr int kStrips = 2;
+  constexpr int kStrips = 2, block_tiles = std::max(1, Q::block_cols / kTileCols);
   const uint8_t *planes = w.strip(strip + kStrips), *plane = planes + size_t(tile) * Q::plane_bytes;
   for (int line = 0; line < Q::plane_bytes; line += 64) __builtin_prefetch(plane + line, 0, 3);
-  const uint8_t* scales = planes + w.plane_section + size_t(Q::scale_bytes) * (tile / std::max(1, Q::block_cols / kTileCols));
-  if (first || tile % std::max(1, Q::block_cols / kTileCols) == 0)
+  const uint8_t* scales = planes + w.plane_section + size_t(Q::scale_bytes) * (tile / block_tiles);
+  if (first || tile % block_tiles == 0)
     for (int line = 0; line < Q::scale_bytes; line += 64) __builtin_prefetch(scales + line, 0, 3);
 }
 
@@ -273,7 +273,7 @@ constexpr int kPairRows = 2 * kStripRows;
 // panel[p][c] = columns[c][p], a pair of bf16 as one word.
 template <class V, class T>
 inline void transpose_columns(const T (&columns)[16][kPairRows], T* panel) {
-  constexpr int words = kPairRows * int(sizeof(T) / 2) / 2;
+  constexpr int words = int(kPairRows * sizeof(T) / sizeof(float));
   const float* from = reinterpret_cast<const float*>(columns);
   float* to = reinterpret_cast<float*>(panel);
   settled();
@@ -307,16 +307,15 @@ void fill_forward(const Matrix& w, int column, int panels, int from, int count, 
 template <class V, class Q, class T>
 void fill_backward(const Matrix& w, int column, int panels, int from, int count, T* panel, size_t stride) {
   alignas(64) T columns[16][kPairRows];
-  auto store = [&](int row, int j, int lane, auto... values) {
-    T* to = columns[j] + row + lane;
-    ((put_column<V>(to, values), to += kPairRows), ...);
-  };
   for (int p = 0; p < count; p += kPairRows)
     for (int c = 0; c < panels * kPanelCols; c += 16) {
       const int half = (column + c) / 16, tile = half / 2;
       for (int row = 0; row < kPairRows; row += kStripRows) {
         const int strip = (from + p + row) / kStripRows;
-        auto take = [&](int j, int lane, auto... values) { store(row, j, lane, values...); };
+        auto take = [&](int j, int lane, auto... values) {
+          T* to = columns[j] + row + lane;
+          ((put_column<V>(to, values), to += kPairRows), ...);
+        };
         if (strip >= w.strips() || tile >= w.tiles()) {
           for (auto& own : columns) std::fill_n(own + row, kStripRows, T(0));
           continue;
@@ -347,18 +346,13 @@ inline void transpose16(const float* src, int src_stride, float* dst) {
 }
 
 // block[p][c], 16 x 16, goes to rows p of a panel whose first column is `panel`.
-template <class V>
-inline void put_block(const float* block, int stride, bf16* panel) {
-  for (int p = 0; p < 16; p += 2)
-    for (int c = 0; c < 16; c += V::W)
-      V::store_bytes(panel + p * kPanelCols + 2 * c,
-                     V::pair_bf16(V::load(block + p * stride + c), V::load(block + (p + 1) * stride + c)));
-}
-
-template <class V>
-inline void put_block(const float* block, int stride, float* panel) {
-  for (int p = 0; p < 16; p++)
-    for (int c = 0; c < 16; c += V::W) V::store(panel + p * kPanelCols + c, V::load(block + p * stride + c));
+template <class V, class T>
+inline void put_block(const float* block, T* panel) {
+  for (int p = 0; p < 16; p += 4)
+    for (int c = 0; c < 16; c += V::W) {
+      const float* at = block + 16 * p + c;
+      put_rows<V>(panel, p, c, V::load(at), V::load(at + 16), V::load(at + 32), V::load(at + 48));
+    }
 }
 
 // src[rows][cols] with row stride ld; rows and cols need not be multiples of 16.
@@ -372,7 +366,7 @@ void fill_plain_panel(const float* src, int ld, int rows, int cols, bool backwar
         for (int j = 0; j < 16; j++)
           block[16 * i + j] = row + i < rows && col + j < cols ? src[size_t(row + i) * ld + col + j] : 0.0f;
       if (!backward) transpose16<V>(block, 16, turned);
-      put_block<V>(backward ? block : turned, 16, panel_at(panel, p, c));
+      put_block<V>(backward ? block : turned, panel_at(panel, p, c));
     }
 }
 

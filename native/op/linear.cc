@@ -225,10 +225,10 @@ void linear_panels(Engine& engine, const Activations& x, const LinearJob* jobs, 
   multiply_panels(engine, products, x.q ? inputs.data() : nullptr);
 }
 
-// x[rows][cols] as bf16 rows, low_stride(cols) apart.
-void to_low(const float* x, int rows, int cols, bf16* to) {
+// x[rows][cols] as bf16 rows.
+void to_low(const float* x, int rows, const Rows& to) {
   for_rows(rows, 32, [&](int first, int last) {
-    for (int m = first; m < last; m++) kernels().to_bf16(x + size_t(m) * cols, cols, to + size_t(m) * low_stride(cols));
+    for (int m = first; m < last; m++) to.end(m, x + size_t(m) * to.cols);
   });
 }
 
@@ -290,7 +290,7 @@ void backward_panels(Engine& engine, const Activations& x, const LinearBackwardJ
       dy = job.dy_low;
       if (!dy) {
         ldy = low_stride(job.ldy);
-        to_low(job.dy, x.rows, job.ldy, low);
+        to_low(job.dy, x.rows, {nullptr, low, job.ldy, ldy});
         dy = low;
         low += size_t(x.rows) * ldy;
       }
@@ -341,9 +341,9 @@ StageNames stage_of(int target) {
 Activations prepare(Mode mode, int digits, const float* x, int rows, int cols, Buffer& low, Buffer& q, Buffer& blocks) {
   const Timed timed("activations to low precision");
   if (!low_products(mode)) return as_int8(mode, digits, x, rows, cols, q, blocks);
-  bf16* to = low.get<bf16>(size_t(rows) * size_t(low_stride(cols)));
-  to_low(x, rows, cols, to);
-  return {mode, rows, cols, digits, nullptr, to, nullptr, nullptr, low_stride(cols)};
+  const Rows to = rows_for_products(mode, rows, cols, low, low);
+  to_low(x, rows, to);
+  return prepare(mode, digits, to, rows, q, blocks);
 }
 
 Activations prepare(Mode mode, int digits, const Rows& x, int rows, Buffer& q, Buffer& blocks) {

@@ -38,12 +38,12 @@ const float* normed(Engine& engine, const float* x, const float* weight, const f
 Activations prepare_normed(Engine& engine, Mode mode, int digits, const float* x, const float* weight, const float* bias,
                            int rows) {
   const int width = padded(engine.dims.width);
-  if (!weight || !low_products(mode))
-    return prepare(mode, digits, normed(engine, x, weight, bias, rows), rows, width, engine.normed_low, engine.q8, engine.blocks);
+  if (!weight) return prepare(mode, digits, x, rows, width, engine.normed_low, engine.q8, engine.blocks);
   const Rows h = rows_for_products(mode, rows, width, engine.normed, engine.normed_low);
   for_each_row(engine, rows, size_t(width), [&](int m, float* scratch) {
-    norm_row(engine.dims, x + size_t(m) * width, weight, bias, scratch);
-    h.end(m, scratch);
+    float* y = h.begin(m, scratch);
+    norm_row(engine.dims, x + size_t(m) * width, weight, bias, y);
+    h.end(m, y);
   });
   return prepare(mode, digits, h, rows, engine.q8, engine.blocks);
 }

@@ -85,11 +85,5 @@ inline void unrolled(Visit&& visit) {
   }(std::make_integer_sequence<int, N>{});
 }
 
-// The eight granules of a tile's W rows from `lane` on.
-template <class V, class Q>
-inline void unpack(const uint8_t* plane, int lane, typename V::B* w) {
-  unrolled<8>([&]<int g>() { w[g] = Q::template granule<V, g>(plane, lane); });
-}
-
 }  // namespace
 }  // namespace nomoat
