@@ -51,7 +51,7 @@ def commands(base: str, rows: str) -> list[list[str]]:
 
 def install(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
     """`machine` is what is measured before weights are loaded; the plan of training finds room."""
-    monkeypatch.setattr("nomoat.hub.fit.this_memory", lambda: machine)
+    monkeypatch.setattr("nomoat.memory.this_memory", lambda: machine)
     monkeypatch.setattr(run, "this_machine", lambda folder, threads: ROOMY)
 
 
@@ -73,7 +73,7 @@ def test_a_mixtral_of_true_size_is_refused_in_a_moment(
     """26 GB of which the disk holds the header."""
     path = make(tmp_path / "mixtral.gguf", "mixtral", "mixtral-8x7b", "Q4_K_M", holes=True)
     assert path.stat().st_size > 26e9
-    monkeypatch.setattr("nomoat.hub.fit.this_memory", lambda: dataclasses.replace(SMALL, memory=25_280_000_000))
+    monkeypatch.setattr("nomoat.memory.this_memory", lambda: dataclasses.replace(SMALL, memory=25_280_000_000))
     assert main(["run", str(path), "Hello"]) == 3
     assert "the packed weights take 27.04 GB; this machine has 25.28 GB of memory" in capsys.readouterr().err
     assert not list((settings.cache_dir() / "packed").glob("*.pack"))

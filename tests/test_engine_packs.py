@@ -13,7 +13,7 @@ from tiny import tiny_llama
 pytest.importorskip("nomoat._native")
 
 from nomoat import settings
-from nomoat.engine import packs
+from nomoat.engine import packs, weights
 from nomoat.engine.model import Model
 from nomoat.errors import InputError
 
@@ -54,6 +54,25 @@ def test_models_in_use_stay_and_others_are_packed_again(tmp_path: Path, monkeypa
     assert not mine & set(folder.glob("*.pack"))
     del third
     assert Model.load(tmp_path / "first.gguf").logits([5, 6, 7]).tobytes() == logits.tobytes()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pages of 2 MB are asked for on Linux")
+def test_small_packs_are_copied_and_large_ones_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(settings.HOME_VARIABLE, str(tmp_path))
+    path = tiny_llama(tmp_path / "model.gguf")
+    copied = Model.load(path)
+    (packed,) = (settings.cache_dir() / "packed").glob("*.pack")
+    where = str(packed)
+    in_memory = sum(where in line for line in Path("/proc/self/maps").read_text().splitlines())
+    with packed.open("rb") as file, pytest.raises(OSError, match="ends after"):
+        weights._copy(file, packed.stat().st_size + 1, 14)
+    monkeypatch.setattr(weights, "COPIED", packed.stat().st_size - 1)
+    mapped = Model.load(path)
+    assert in_memory == 1  # the page that keeps it open
+    assert sum(where in line for line in Path("/proc/self/maps").read_text().splitlines()) == 3
+    assert mapped.logits([5, 6, 7]).tobytes() == copied.logits([5, 6, 7]).tobytes()
+    for tensor in (*copied.weights.tensors.values(), *mapped.weights.tensors.values()):
+        assert not tensor.data.flags.writeable
 
 
 def test_a_limit_that_is_no_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nomoat import memory
 from nomoat.errors import ResourceError
 from nomoat.hub import fit
 from nomoat.hub.fit import Machine, estimate
@@ -180,10 +181,10 @@ def test_memory_limits_of_containers_count(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("1000000\n")
     (tmp_path / "memory.current").write_text("600000\n")
     (tmp_path / "memory.stat").write_text("anon 100000\nfile 500000\n")
-    assert fit._container_memory(tmp_path) == (1_000_000, 100_000)
+    assert memory._container_memory(tmp_path) == (1_000_000, 100_000)
     (tmp_path / "memory.max").write_text("max\n")
-    assert fit._container_memory(tmp_path)[0] > 10**18
-    assert fit._container_memory(tmp_path / "none")[1] == 0
+    assert memory._container_memory(tmp_path)[0] > 10**18
+    assert memory._container_memory(tmp_path / "none")[1] == 0
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,8 @@ def open_model(
     machine's memory, unless `larger_than_memory` accepts it.
     """
     from nomoat.engine.model import Model
-    from nomoat.hub.fit import check_weights, this_memory
+    from nomoat.hub.fit import check_weights
+    from nomoat.memory import this_memory
 
     base, adapters = parse_model_name(name)
     for adapter, _ in adapters:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nomoat.errors import ResourceError
+from nomoat.memory import Memory, this_memory
 from nomoat.models.spec import TARGETS, ModelSpec
 
 if TYPE_CHECKING:
@@ -40,14 +41,6 @@ DECODE_EFFICIENCY = 0.5  # share of the read bandwidth that decoding reaches
 RECOMPUTE_COST = 1.5  # one forward pass more: 6 N instead of 4 N
 MARGIN = 0.9  # of the free memory may be planned for
 RESERVED = 2 << 30  # bytes of memory that weights leave to the system, the cache of the conversation and everything else
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of main memory: all of it, and what is free now."""
-
-    memory: int
-    available: int
 
 
 @dataclass(frozen=True)
@@ -257,15 +250,6 @@ def check_weights(packed_bytes: int, machine: Memory, *, larger_than_memory: boo
     return None
 
 
-def this_memory() -> Memory:
-    """Memory of this computer; limits of containers count."""
-    import psutil
-
-    memory = psutil.virtual_memory()
-    limit, used = _container_memory()
-    return Memory(min(memory.total, limit), max(0, min(memory.available, limit - used)))
-
-
 def this_machine(folder: Path, threads: int) -> Machine:
     """Measure this computer in under a second. `folder` names the disk; memory limits of containers count."""
     import shutil
@@ -280,17 +264,6 @@ def this_machine(folder: Path, threads: int) -> Machine:
         bf16_flops=_product_rate(threads),
         read_bandwidth=_read_rate(threads),
     )
-
-
-def _container_memory(root: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
-    """(limit, used without file cache) of a Linux control group in bytes; a limit beyond every machine where there is none."""
-    try:
-        limit = int((root / "memory.max").read_text())
-        used = int((root / "memory.current").read_text())
-        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
-        return limit, used - int(stat.get("file", 0))
-    except (OSError, ValueError):  # no control groups, or "max"
-        return 1 << 62, 0
 
 
 def _best_seconds(work: Callable[[], None], threads: int, times: int) -> float:
