@@ -54,12 +54,13 @@ void for_shares(int rows, Body&& body) {
 template <class T>
 void project_rows(const T* a, int lda, int rows, const float* s, int ld, int width, int rank, const float* scale, float* out,
                   int ldo, Buffer& scratch) {
-  T* panel = scratch.get<T>(size_t(kPanelDepth) * kPanelCols + sizeof(float) / sizeof(T) * size_t(rows) * kPanelCols);
-  float* c = reinterpret_cast<float*>(panel + size_t(kPanelDepth) * kPanelCols);
+  constexpr int most = 1024;  // steps of the contraction at once
+  T* panel = scratch.get<T>(size_t(most) * kPanelCols + sizeof(float) / sizeof(T) * size_t(rows) * kPanelCols);
+  float* c = reinterpret_cast<float*>(panel + size_t(most) * kPanelCols);
   for (int column = 0; column < rank; column += kPanelCols) {
     const int columns = std::min(round_up(rank - column, 16), kPanelCols);
-    for (int from = 0; from < width; from += kPanelDepth) {
-      const int count = width - from < kPanelDepth ? round_up(width - from, 16) : kPanelDepth;
+    for (int from = 0; from < width; from += most) {
+      const int count = std::min(most, round_up(width - from, 16));
       Ops<T>::plain_panel()(s, ld, rank, width, false, column, from, count, panel);
       Ops<T>::gemm()(a + from, lda, rows, panel, count, columns, c, from > 0);
     }

@@ -10,9 +10,6 @@
 namespace nomoat {
 namespace {
 
-// Contraction steps of one panel: 256 x 48 bf16 are 24 KB, which leave half of a 48 KB first-level cache to the rows.
-constexpr int kPanelDepth = 256;
-
 // The kernels, and what they take of the activations, whose factors are T: bf16 or float.
 template <class T>
 struct Ops {
@@ -59,8 +56,8 @@ struct PanelProduct {
 };
 
 // Rows that meet all panels of a task before the next ones do, and the most panels of a task: the rows are read that many times
-// less often. 1,024 steps of the contraction are decoded at once as bf16, 512 as float32: 576 KB, and 256 KB of rows.
-constexpr int kRowBlock = 128, kMostPanels = 6, kDecodedBytes = kMostPanels * 1024 * kPanelCols * int(sizeof(bf16));
+// less often. Up to 1,024 steps of the contraction are decoded at once as bf16, 512 as float32: 576 KB, and 256 KB of rows.
+constexpr int kRowBlock = 128, kMostPanels = 6, kDecodedBytes = 1024 * kPanelCols * int(sizeof(bf16));
 
 // Neighbouring panels, columns [column, last) of y, as one task decodes and multiplies them. The sums of a row do not depend on
 // which panels or rows are taken together.
@@ -69,13 +66,11 @@ class PanelTask {
  public:
   PanelTask(const PanelProduct<T>& product, int column, int last, Buffer& scratch)
       : p(product), column_(column), panels_(round_up(last - column, kPanelCols) / kPanelCols) {
-    for (const Term<T>& term : p.terms) {
-      const int depth = round_up(p.backward ? term.w->rows : term.w->cols, kTileCols);
-      for (int from = 0; from < depth; from += kPanelDepth) pieces_.push_back({&term, from, std::min(kPanelDepth, depth - from)});
-    }
-    taken_ = std::min(kDecodedBytes / int(kMostPanels * kPiece * sizeof(T)), int(pieces_.size()));
+    for (const Term<T>& term : p.terms) depth_ += depth_of(term);
+    const int most = kDecodedBytes / (kPanelCols * int(sizeof(T))), parts = round_up(depth_, most) / most;
+    part_ = round_up((depth_ + parts - 1) / parts, kTileCols);
     for (const LowRank& low : p.low) low_floats_ += size_t(round_up(low.rank, 16)) * kPanelCols;
-    const size_t decoded = size_t(panels_) * size_t(taken_) * kPiece * sizeof(T) / sizeof(float);
+    const size_t decoded = size_t(panels_) * panel_stride() * sizeof(T) / sizeof(float);
     const size_t sums = size_t(panels_) * panel_sums();
     sums_ = scratch.get<float>(sums + decoded + size_t(panels_) * low_floats_);
     decoded_ = reinterpret_cast<T*>(sums_ + sums);
@@ -84,20 +79,21 @@ class PanelTask {
   }
 
   void run() {
-    const bool in_one_go = taken_ == int(pieces_.size());
-    for (size_t begin = 0; begin < pieces_.size(); begin += size_t(taken_)) {
-      const size_t count = std::min(size_t(taken_), pieces_.size() - begin);
-      decode(begin, count);
+    const bool in_one_go = part_ == depth_;
+    for (int begin = 0; begin < depth_; begin += part_) {
+      const int end = std::min(depth_, begin + part_);
+      for_spans(begin, end, [&](const Term<T>& term, int from, int count, int at) {
+        Ops<T>::panels()(*term.w, p.backward, column_, panels_, from, count, panel(0, at), panel_stride());
+      });
       for (int row = 0; row < p.rows; row += kRowBlock)
         for (int i = 0; i < panels_; i++) {
           const int rows = std::min(kRowBlock, p.rows - row);
           float* sums = in_one_go ? sums_ : sums_ + size_t(i) * panel_sums() + size_t(row) * kPanelCols;
-          for (size_t k = 0; k < count; k++) {
-            const Piece& piece = pieces_[begin + k];
-            Ops<T>::gemm()(piece.term->a + size_t(row) * piece.term->lda + piece.from, piece.term->lda, rows, panel(i, k),
-                           piece.count, kPanelCols, sums, begin + k > 0);
-          }
-          if (begin + count == pieces_.size()) put(i, row, rows, sums);
+          for_spans(begin, end, [&](const Term<T>& term, int from, int count, int at) {
+            Ops<T>::gemm()(term.a + size_t(row) * term.lda + from, term.lda, rows, panel(i, at), count, kPanelCols, sums,
+                           begin + at > 0);
+          });
+          if (end == depth_) put(i, row, rows, sums);
         }
     }
   }
@@ -115,30 +111,27 @@ class PanelTask {
   }
 
  private:
-  static constexpr int kPiece = kPanelDepth * kPanelCols;
-  struct Piece {
-    const Term<T>* term;
-    int from, count;
-  };
-
   const PanelProduct<T>& p;
   const int column_, panels_;
-  std::vector<Piece> pieces_;
-  int taken_;  // pieces decoded at once
+  int depth_ = 0, part_;  // steps of the contraction, of all terms one behind the other: all, and those decoded at once
   size_t low_floats_ = 0;
   float *sums_, *low_;
   T* decoded_;
 
+  int depth_of(const Term<T>& term) const { return round_up(p.backward ? term.w->rows : term.w->cols, kTileCols); }
   size_t panel_sums() const { return size_t(round_up(p.rows, kRowBlock)) * kPanelCols; }
-  T* panel(int index, size_t piece) { return decoded_ + (size_t(index) * size_t(taken_) + piece) * kPiece; }
+  size_t panel_stride() const { return size_t(part_) * kPanelCols; }
+  T* panel(int index, int at) { return decoded_ + size_t(index) * panel_stride() + size_t(at) * kPanelCols; }
 
-  // Pieces of one term that follow each other are read in one go.
-  void decode(size_t begin, size_t count) {
-    for (size_t k = 0, next; k < count; k = next) {
-      const Piece& first = pieces_[begin + k];
-      int depth = 0;
-      for (next = k; next < count && pieces_[begin + next].term == first.term; next++) depth += pieces_[begin + next].count;
-      Ops<T>::panels()(*first.term->w, p.backward, column_, panels_, first.from, depth, panel(0, k), size_t(taken_) * kPiece);
+  // visit(term, from, count, at): of every term its steps that are among [begin, end) of all, the first of them `at` behind
+  // begin.
+  template <class Visit>
+  void for_spans(int begin, int end, Visit&& visit) const {
+    int first = 0;  // of a term, among all
+    for (const Term<T>& term : p.terms) {
+      const int from = std::max(begin, first), to = std::min(end, first + depth_of(term));
+      if (from < to) visit(term, from - first, to - from, from - begin);
+      first += depth_of(term);
     }
   }
 
