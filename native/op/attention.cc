@@ -264,23 +264,23 @@ void attend_all(Engine& engine, const Batch& batch, const KvCache& cache, int ca
 }
 
 // [M][heads][head_stride] <-> [M][padded heads * head_dim]
-void flatten(const Heads& h, const float* from, int rows, float* to) {
-  const int dim = h.dims.head_dim, stride = h.dims.head_stride();
-  for_rows(rows, 32, [&](int first, int last) {
-    for (int m = first; m < last; m++)
-      for (int i = 0; i < h.own.heads; i++)
-        std::memcpy(to + size_t(m) * h.q + i * dim, from + size_t(m) * h.heads_q + i * stride, size_t(dim) * sizeof(float));
-  });
-  clear_padding(to, rows, h.own.heads * dim, h.q);
+void flatten(const Heads& h, const float* from, float* to) {
+  const int dim = h.dims.head_dim, stride = h.dims.head_stride(), used = h.own.heads * dim;
+  for (int i = 0; i < h.own.heads; i++) std::memcpy(to + i * dim, from + i * stride, size_t(dim) * sizeof(float));
+  std::fill(to + used, to + h.q, 0.0f);
 }
 
-void spread(const Heads& h, const float* from, int rows, float* to) {
+// Rows with the heads head_stride apart; `from` itself where they are.
+const float* spread(const Heads& h, const float* from, int rows, Buffer& into) {
   const int dim = h.dims.head_dim, stride = h.dims.head_stride();
+  if (dim == stride && h.q == h.heads_q) return from;
+  float* to = into.get<float>(size_t(rows) * h.heads_q);
   for_rows(rows, 32, [&](int first, int last) {
     for (int m = first; m < last; m++)
       for (int i = 0; i < h.own.heads; i++)
         std::memcpy(to + size_t(m) * h.heads_q + i * stride, from + size_t(m) * h.q + i * dim, size_t(dim) * sizeof(float));
   });
+  return to;
 }
 
 // What the tape and the output product give to attention's backward; widths as in `Heads`.
@@ -366,9 +366,7 @@ void attend_all_backward(Engine& engine, Mode mode, const Batch& batch, const He
   const Timed timed("attention: backward");
   const Layer& own = h.own;
   const size_t rows = size_t(batch.rows);
-  float *mixed = engine.attn_q.get<float>(rows * h.heads_q), *d_mixed = engine.attn_k.get<float>(rows * h.heads_q);
-  spread(h, flat, batch.rows, mixed);
-  spread(h, d_flat, batch.rows, d_mixed);
+  const float *mixed = spread(h, flat, batch.rows, engine.attn_q), *d_mixed = spread(h, d_flat, batch.rows, engine.attn_k);
   const bool norms = own.q_norm;
   const float* kept_q = load_rows(mode, tape.q, rows * (norms ? h.q : h.heads_q), engine.q);
   const float* kept_k = load_rows(mode, tape.k, rows * (norms ? h.kv : h.heads_kv), engine.k);
@@ -410,8 +408,9 @@ void attention_forward(Engine& engine, int layer, Mode mode, float* x, const Bat
   const Heads h(engine, layer, batch);
   const Layer& own = h.own;
   const size_t rows = size_t(batch.rows);
-  const Activations input = prepare_normed(engine, mode, engine.digits[0], x, own.attn_norm, own.attn_norm_bias, batch.rows);
-  if (tape) save_rows(mode, x, rows * h.d, tape->x);
+  const Rows kept = tape ? rows_on_tape(mode, batch.rows, h.d, tape->x) : Rows{};
+  const Activations input =
+      prepare_normed(engine, mode, engine.digits[0], rows_of(x, h.d), own.attn_norm, own.attn_norm_bias, batch.rows, kept);
   const LinearJob jobs[] = {
       {&own.w[kQ], kQ, engine.q.get<float>(rows * h.q), h.q, false, tape ? &tape->u[kQ] : nullptr, own.bias[kQ]},
       {&own.w[kK], kK, engine.k.get<float>(rows * h.kv), h.kv, false, tape ? &tape->u[kK] : nullptr, own.bias[kK]},
@@ -427,16 +426,21 @@ void attention_forward(Engine& engine, int layer, Mode mode, float* x, const Bat
     place(engine, batch, cache, cache_layer, h);
   }
   attend_all(engine, batch, cache, cache_layer, h, tape ? tape->lse.get<float>(rows * own.heads) : nullptr);
-  float* flat = engine.mixed_flat.get<float>(rows * h.q);
-  flatten(h, engine.mixed.data<float>(), batch.rows, flat);
+  const Rows flat = rows_for_products(mode, batch.rows, h.q, engine.mixed_flat, engine.normed_low),
+             kept_flat = tape ? rows_on_tape(mode, batch.rows, h.q, tape->mixed) : Rows{};
+  for_each_row(engine, batch.rows, size_t(h.q), [&](int m, float* scratch) {
+    float* row = flat.begin(m, scratch);
+    flatten(h, engine.mixed.data<float>() + size_t(m) * h.heads_q, row);
+    flat.end(m, row);
+    kept_flat.put(m, row);
+  });
   if (tape) {
     const bool norms = own.q_norm;
     save_rows(mode, (norms ? engine.q : engine.attn_q).data<float>(), rows * (norms ? h.q : h.heads_q), tape->q);
     save_rows(mode, (norms ? engine.k : engine.attn_k).data<float>(), rows * (norms ? h.kv : h.heads_kv), tape->k);
     save_rows(mode, engine.attn_v.data<float>(), rows * h.heads_kv, tape->v);
-    save_rows(mode, flat, rows * h.q, tape->mixed);
   }
-  const Activations mixed = prepare(mode, engine.digits[1], flat, batch.rows, h.q, engine.normed_low, engine.q8, engine.blocks);
+  const Activations mixed = prepare(mode, engine.digits[1], flat, batch.rows, engine.q8, engine.blocks);
   const Branch branch = branch_of(engine, own.attn_post_norm, x, batch.rows);
   const LinearJob out[] = {{&own.w[kO], kO, branch.to, h.d, branch.direct, tape ? &tape->u[kO] : nullptr, own.bias[kO]}};
   linear(engine, mixed, out, 1, batch, layer);
@@ -457,7 +461,7 @@ void attention_backward(Engine& engine, int layer, Mode mode, float* dx, const B
   linear_backward(engine, mixed, out, 1, batch, layer, d_flat, h.q);
   attend_all_backward(engine, mode, batch, h, tape, flat, d_flat);
   // through the input products and the norm
-  const float* x = load_rows(mode, tape.x, rows * h.d, engine.x_wide);
+  const Rows x = rows_on_tape(mode, h.d, tape.x);
   const Activations input = prepare_normed(engine, mode, 0, x, own.attn_norm, own.attn_norm_bias, batch.rows);
   const LinearBackwardJob jobs[] = {
       {&own.w[kQ], kQ, engine.dq.data<float>(), h.q, tape.u[kQ].data<float>()},

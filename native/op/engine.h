@@ -305,6 +305,8 @@ void for_each_row(Engine& engine, int rows, size_t floats, Body&& body) {
   });
 }
 
+// float32 rows, to be read.
+inline Rows rows_of(const float* x, int cols) { return {const_cast<float*>(x), nullptr, cols, cols}; }
 // What products take: bf16, in `low`, where they round their factors, or else float32, in `wide`, which may be the same buffer.
 Rows rows_for_products(Mode mode, int rows, int cols, Buffer& wide, Buffer& low);
 // What the tape keeps of them.
@@ -327,10 +329,11 @@ void norm_row_backward(const Dims&, const float* x, const float* weight, const f
 
 // norm(x) of every row, in engine.normed; x itself where there is no norm (weight null).
 const float* normed(Engine&, const float* x, const float* weight, const float* bias, int rows);
-// The same as products take it.
-Activations prepare_normed(Engine&, Mode mode, int digits, const float* x, const float* weight, const float* bias, int rows);
+// The same as products take it; x is also put to `kept`.
+Activations prepare_normed(Engine&, Mode mode, int digits, const Rows& x, const float* weight, const float* bias, int rows,
+                           const Rows& kept = {});
 // dx += the gradient of x, given that of normed(x).
-void normed_backward(Engine&, const float* x, const float* weight, const float* dh, int rows, float* dx);
+void normed_backward(Engine&, const Rows& x, const float* weight, const float* dh, int rows, float* dx);
 
 // x += residual_scale * [post_norm](branch). The branch is added into x by its last product (`direct`), or, where there is
 // something to do to it first, written to `to` and added by `join`, which keeps it on the tape for a post-norm.

@@ -111,10 +111,12 @@ void head_logprobs(Engine& engine, Mode mode, const float* x, const int32_t* row
     if (low) job[0] = {&engine.head, kTargets, nullptr, 2 * stride, nullptr, reinterpret_cast<const bf16*>(logits)};
     float* dh = engine.head_dx.get<float>(size_t(n) * width);
     linear_backward(engine, input, job, 1, plain, 0, dh, width);
-    for (int i = 0; i < n; i++) {
-      const size_t at = size_t(rows[first + i]) * width;
-      norm_row_backward(engine.dims, x + at, engine.final_norm, dh + size_t(i) * width, dx + at);
-    }
+    for_rows(n, 8, [&](int a, int b) {
+      for (int i = a; i < b; i++) {
+        const size_t at = size_t(rows[first + i]) * width;
+        norm_row_backward(engine.dims, x + at, engine.final_norm, dh + size_t(i) * width, dx + at);
+      }
+    });
   }
 }
 

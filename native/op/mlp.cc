@@ -30,7 +30,9 @@ void mlp_forward(Engine& engine, int layer, Mode mode, float* x, const Batch& ba
   const Layer& own = engine.layers[size_t(layer)];
   const int width = padded(dims.width), ffn = padded(own.ffn), gated = dims.gated, count = batch.rows;
   const size_t rows = size_t(count);
-  const Activations input = prepare_normed(engine, mode, engine.digits[2], x, own.mlp_norm, own.mlp_norm_bias, count);
+  const Rows kept = tape ? rows_on_tape(mode, count, width, tape->middle) : Rows{};
+  const Activations input =
+      prepare_normed(engine, mode, engine.digits[2], rows_of(x, width), own.mlp_norm, own.mlp_norm_bias, count, kept);
   float *gate = gated ? engine.gate.get<float>(rows * ffn) : nullptr, *up = engine.up.get<float>(rows * ffn);
   const LinearJob jobs[] = {
       {&own.w[kGate], kGate, gate, ffn, false, tape ? &tape->u[kGate] : nullptr, own.bias[kGate]},
@@ -51,7 +53,6 @@ void mlp_forward(Engine& engine, int layer, Mode mode, float* x, const Batch& ba
       if (g) kept_gate.put(m, g);
       kept_up.put(m, u);
     });
-    if (tape) save_rows(mode, x, rows * width, tape->middle);
   }
   const Activations middle = prepare(mode, engine.digits[3], act, count, engine.q8, engine.blocks);
   const Branch branch = branch_of(engine, own.mlp_post_norm, x, count);
@@ -93,7 +94,7 @@ void mlp_backward(Engine& engine, int layer, Mode mode, float* dx, const Batch& 
       d_up.end(m, d_u);
     });
   }
-  const float* x = load_rows(mode, tape.middle, rows * width, engine.x_wide);
+  const Rows x = rows_on_tape(mode, width, tape.middle);
   const Activations input = prepare_normed(engine, mode, 0, x, own.mlp_norm, own.mlp_norm_bias, count);
   const LinearBackwardJob jobs[] = {
       {&own.w[kGate], kGate, d_gate.f32, d_gate.ld, tape.u[kGate].data<float>(), d_gate.low},

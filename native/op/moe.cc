@@ -432,7 +432,7 @@ void moe_backward(Engine& engine, int layer, Mode mode, float* dx, const Batch& 
   }
   router_backward(engine, own, pairs, chosen, weights, d_weights, batch.rows, dh);
   if (own.shared) shared_backward(engine, layer, mode, shared_input, batch, tape, d_branch, dh);
-  normed_backward(engine, x, own.mlp_norm, dh, batch.rows, dx);
+  normed_backward(engine, rows_of(x, width), own.mlp_norm, dh, batch.rows, dx);
 }
 
 }  // namespace nomoat

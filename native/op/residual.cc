@@ -35,29 +35,27 @@ const float* normed(Engine& engine, const float* x, const float* weight, const f
   return h;
 }
 
-Activations prepare_normed(Engine& engine, Mode mode, int digits, const float* x, const float* weight, const float* bias,
-                           int rows) {
-  const int width = padded(engine.dims.width);
-  if (!weight) return prepare(mode, digits, x, rows, width, engine.normed_low, engine.q8, engine.blocks);
-  const Rows h = rows_for_products(mode, rows, width, engine.normed, engine.normed_low);
-  for_each_row(engine, rows, size_t(width), [&](int m, float* scratch) {
+Activations prepare_normed(Engine& engine, Mode mode, int digits, const Rows& x, const float* weight, const float* bias, int rows,
+                           const Rows& kept) {
+  const Rows h = rows_for_products(mode, rows, x.cols, engine.normed, engine.normed_low);
+  for_each_row(engine, rows, 2 * size_t(x.cols), [&](int m, float* scratch) {
+    const float* own = x.read(m, scratch + x.cols);
+    kept.put(m, own);
+    if (!weight) return h.put(m, own);
     float* y = h.begin(m, scratch);
-    norm_row(engine.dims, x + size_t(m) * width, weight, bias, y);
+    norm_row(engine.dims, own, weight, bias, y);
     h.end(m, y);
   });
   return prepare(mode, digits, h, rows, engine.q8, engine.blocks);
 }
 
-void normed_backward(Engine& engine, const float* x, const float* weight, const float* dh, int rows, float* dx) {
-  const int width = padded(engine.dims.width);
-  for_rows(rows, 8, [&](int first, int last) {
-    for (int m = first; m < last; m++) {
-      const size_t at = size_t(m) * width;
-      if (weight)
-        norm_row_backward(engine.dims, x + at, weight, dh + at, dx + at);
-      else
-        kernels().axpy(dh + at, 1, width, dx + at);
-    }
+void normed_backward(Engine& engine, const Rows& x, const float* weight, const float* dh, int rows, float* dx) {
+  for_each_row(engine, rows, size_t(x.cols), [&](int m, float* scratch) {
+    const size_t at = size_t(m) * size_t(x.cols);
+    if (weight)
+      norm_row_backward(engine.dims, x.read(m, scratch), weight, dh + at, dx + at);
+    else
+      kernels().axpy(dh + at, 1, x.cols, dx + at);
   });
 }
 
