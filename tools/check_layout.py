@@ -18,7 +18,7 @@ from pathlib import Path
 
 # Each entry may import those before it and itself; names in one string are on one level.
 PYTHON_ORDER = (
-    "errors settings _native",
+    "errors settings memory _native",
     "files",
     "models",
     "text",
