@@ -156,7 +156,7 @@ def _open_cache(path: Path, wanted: dict[str, Any], admit: Admit | None = None) 
 
 def _contents(file: IO[bytes], size: int) -> U8:
     """The bytes of a pack, in pages of 2 MB where the system has them. With pages of 4 KB, addresses are looked up so often that
-    decoding is up to 1.3 times and training 1.1 times as slow; only new kernels have large pages of mapped files."""
+    decoding takes up to 1.3 times and training 1.1 times as long; of mapped files not every kernel has large ones."""
     huge = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux
     if huge and size <= COPIED and 2 * size <= this_memory().available:
         return _copy(file, size, huge)
