@@ -211,7 +211,7 @@ void gemm_bf16_tiles(const bf16* a, int lda, int rows, const bf16* panel, int co
     for (int p = from; p < from + steps; p += piece)
       for (int m = first; m < last; m += height) {
         const int taken = std::min(piece, from + steps - p);
-        // the rows behind these, and after the last ones the first of the next panel
+        // the rows behind these, and after the last ones the first of the next piece
         const bf16* next = a + p + (m + 2 * height <= last ? size_t(m + height) * lda : size_t(first) * lda + taken);
         bf16_rows<N>(a + size_t(m) * lda + p, next, lda, panel + size_t(p) * kPanelCols, depth, taken, c + size_t(m) * kPanelCols,
                      add || p > 0);
