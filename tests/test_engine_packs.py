@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import sys
 from pathlib import Path
@@ -65,7 +66,7 @@ def test_small_packs_are_copied_and_large_ones_mapped(tmp_path: Path, monkeypatc
     where = str(packed)
     in_memory = sum(where in line for line in Path("/proc/self/maps").read_text().splitlines())
     with packed.open("rb") as file, pytest.raises(OSError, match="ends after"):
-        weights._copy(file, packed.stat().st_size + 1, 14)
+        weights._copy(file, packed.stat().st_size + 1, mmap.MADV_HUGEPAGE)
     monkeypatch.setattr(weights, "COPIED", packed.stat().st_size - 1)
     mapped = Model.load(path)
     assert in_memory == 1  # the page that keeps it open

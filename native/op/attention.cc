@@ -263,14 +263,14 @@ void attend_all(Engine& engine, const Batch& batch, const KvCache& cache, int ca
   });
 }
 
-// [M][heads][head_stride] <-> [M][padded heads * head_dim]
+// One row: [heads][head_stride] -> [padded heads * head_dim]
 void flatten(const Heads& h, const float* from, float* to) {
   const int dim = h.dims.head_dim, stride = h.dims.head_stride(), used = h.own.heads * dim;
   for (int i = 0; i < h.own.heads; i++) std::memcpy(to + i * dim, from + i * stride, size_t(dim) * sizeof(float));
   std::fill(to + used, to + h.q, 0.0f);
 }
 
-// Rows with the heads head_stride apart; `from` itself where they are.
+// The other way, of all rows; `from` itself where heads have no padding.
 const float* spread(const Heads& h, const float* from, int rows, Buffer& into) {
   const int dim = h.dims.head_dim, stride = h.dims.head_stride();
   if (dim == stride && h.q == h.heads_q) return from;

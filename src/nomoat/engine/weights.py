@@ -15,7 +15,6 @@ import math
 import mmap
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -142,14 +141,13 @@ def _open_cache(path: Path, wanted: dict[str, Any], admit: Admit | None = None) 
             with contextlib.suppress(OSError):  # a cache that may only be read, or a file system without locks
                 packs.hold(file)
             view = _contents(file, size)
-            tensors, checksums = {}, []
-            for name, (format, rows, cols, begin, nbytes, checksum) in header["tensors"].items():
-                tensors[name] = PackedTensor(format, rows, cols, view[begin : begin + nbytes])
-                checksums.append(checksum)
-            if _native.checksums([tensor.data for tensor in tensors.values()]) != checksums:
-                return None
             in_use = mmap.mmap(file.fileno(), min(size, mmap.PAGESIZE), access=mmap.ACCESS_READ)
-            return Weights(tensors, header["digest"], in_use)
+        tensors, checksums = {}, []
+        for name, (format, rows, cols, begin, nbytes, checksum) in header["tensors"].items():
+            tensors[name] = PackedTensor(format, rows, cols, view[begin : begin + nbytes])
+            checksums.append(checksum)
+        intact = _native.checksums([tensor.data for tensor in tensors.values()]) == checksums
+        return Weights(tensors, header["digest"], in_use) if intact else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -169,6 +167,8 @@ def _contents(file: IO[bytes], size: int) -> U8:
 
 def _copy(file: IO[bytes], size: int, huge: int) -> U8:
     """Raises OSError when the file is shorter."""
+    from concurrent.futures import ThreadPoolExecutor
+
     page, piece = 2 << 20, 8 << 20
     memory = mmap.mmap(-1, size + page, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):
