@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,16 +157,14 @@ def engine(layer: dict[str, int] = LAYER, **changes: Any) -> _native.Engine:
 
 
 def batch(
+    counts: Sequence[int] = (3,),
     *,
-    starts: Any = (0, 3),
-    positions: Any = (0,),
-    page_starts: Any = (0, 1),
-    pages: Any = (0,),
+    positions: Sequence[int] = (0,),
+    pages: Sequence[Sequence[int]] = ((0,),),
     prefix: int = 0,
-    read: Any = None,
+    read: Sequence[int] | None = None,
 ) -> _native.Batch:
-    bounds, begins, page_bounds, table = (np.array(x, np.int32) for x in (starts, positions, page_starts, pages))
-    return _native.Batch(bounds, begins, page_bounds, table, [], prefix, None if read is None else np.array(read, np.int32))
+    return _native.Batch(counts, positions, pages, [], prefix, read)
 
 
 def floats(*shape: int) -> np.ndarray:
@@ -204,34 +202,35 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: engine().set_vector(0, "value_norm", floats(32)), "not known"),
     (lambda: engine().set_vector(-1, "attn_norm", floats(32)), "not known"),
     (lambda: engine().set_vector(1, "attn_norm", floats(32)), "layer 1 of 1"),
-    (lambda: batch(starts=(0, 0)), "non-empty"),
-    (lambda: batch(starts=(1, 3)), "consecutive"),
-    (lambda: batch(starts=(0, -3)), "non-empty"),
+    (lambda: batch((0,)), "non-empty"),
+    (lambda: batch((-3,)), "non-empty"),
     (lambda: batch(positions=(-1,)), "non-empty"),
+    (lambda: batch((65,)), "page table too short"),
+    (lambda: batch((2**31 - 1,)), "page table too short"),
     (lambda: batch(positions=(62,)), "page table too short"),
     (lambda: batch(positions=(2**31 - 1,)), "page table too short"),
-    (lambda: batch(page_starts=(0, 2)), "page table too short"),
-    (lambda: batch(page_starts=(-1, 1)), "page table too short"),
-    (lambda: batch(pages=(-1,)), "negative page"),
-    (lambda: batch(starts=(0, 3, 4)), "length"),
+    (lambda: batch(pages=((),)), "page table too short"),
+    (lambda: batch(pages=((-1,),)), "negative page"),
+    (lambda: batch((3, 1)), "length"),
+    (lambda: batch(pages=((0,), (1,))), "length"),
     (lambda: batch(prefix=2), "with a prefix"),
     (lambda: batch(prefix=-3), "with a prefix"),
-    (lambda: batch(starts=(0, 3, 4), positions=(0, 5), page_starts=(0, 1, 2), pages=(0, 1), prefix=3), "with a prefix"),
+    (lambda: batch((3, 1), positions=(0, 5), pages=((0,), (1,)), prefix=3), "with a prefix"),
     (lambda: batch(read=(0, 3)), "ascend, below 3"),
     (lambda: batch(read=(-1,)), "ascend"),
     (lambda: batch(read=(1, 1)), "ascend"),
-    (lambda: engine().embed(ids(0, 40), floats(2, 32)), "token 40"),
-    (lambda: engine().embed(ids(-1), floats(1, 32)), "token -1"),
-    (lambda: engine().embed(ids(0), floats(1, 31)), "x must be"),
+    (lambda: engine().embed([0, 40], floats(2, 32)), "token 40"),
+    (lambda: engine().embed([-1], floats(1, 32)), "token -1"),
+    (lambda: engine().embed([0], floats(1, 31)), "x must be"),
     (lambda: engine().forward_layer(0, "int8", floats(2, 32), batch(), _native.KvCache(engine())), "x must be"),
     (lambda: engine().forward_layer(1, "int8", floats(3, 32), batch(), _native.KvCache(engine())), "layer 1"),
     (lambda: engine().forward_layer(0, "int4", floats(3, 32), batch(), _native.KvCache(engine())), "int4"),
     (lambda: engine().forward_layer(0, "int8", floats(3, 32), batch(), _native.KvCache(engine())), "weight 0 has not been set"),
-    (lambda: engine().embed(ids(0), floats(1, 32)), "embedding has not been set"),
+    (lambda: engine().embed([0], floats(1, 32)), "embedding has not been set"),
     (lambda: _native.Tape(engine(), "int8"), "bf16 or f32"),
-    (lambda: engine().logits("f32", floats(2, 32), ids(2), floats(1, 64)), "row 2"),
-    (lambda: engine().logits("f32", floats(2, 32), ids(1), floats(1, 40)), "logits must be"),
-    (lambda: engine().logits("f32", floats(2, 32), ids(1), floats(1, 64)), "head or its norm has not been set"),
+    (lambda: engine().logits("f32", floats(2, 32), [2], floats(1, 64)), "row 2"),
+    (lambda: engine().logits("f32", floats(2, 32), [1], floats(1, 40)), "logits must be"),
+    (lambda: engine().logits("f32", floats(2, 32), [1], floats(1, 64)), "head or its norm has not been set"),
     (lambda: engine().logprobs("f32", floats(2, 32), ids(0), ids(40), floats(1)), "target 40"),
     (lambda: engine().logprobs("f32", floats(2, 32), ids(0), ids(1), floats(2)), "agree in length"),
     (lambda: engine().logprobs("f32", floats(2, 32), ids(0), ids(1), floats(1), floats(1)), "come together"),
@@ -259,7 +258,7 @@ def test_calls_that_do_not_fit_are_refused(call: Callable[[], object], words: st
 def test_arrays_of_another_kind_are_refused(x: Any) -> None:
     """Never converted in silence: the engine would write its result into a copy."""
     with pytest.raises(TypeError):
-        engine().embed(ids(1, 2), x)
+        engine().embed([1, 2], x)
 
 
 OBJECTS = sorted((ROOT / "build").glob("*/CMakeFiles/nomoat_engine.dir/native/kernel/*.cc.o"))

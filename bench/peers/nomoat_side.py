@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from typing import Any
 
-import numpy as np
 from bench.peers.channel import peak_rss_mb, rss_mb, serve
 
 from nomoat.bench.speed import TrainStep, decoded, dense_packs, prefilled, random_stack
@@ -51,7 +51,7 @@ def answers(prompts: list[list[int]], adapters: list[int], count: int) -> dict[s
     each = max(1, FORWARD_ROWS // len(prompts[0]))  # prompts of one step
     for first in range(0, len(prompts), each):
         group = range(first, min(first + each, len(prompts)))
-        ends = np.cumsum([len(prompts[i]) for i in group], dtype=np.int32) - 1
+        ends = [end - 1 for end in itertools.accumulate(len(prompts[i]) for i in group)]
         x = model.forward([(sequences[i], prompts[i], stacks[i]) for i in group], read=ends)
         for i, logits in zip(group, model.head(x, ends), strict=True):
             said[i].append(choose_token(greedy, logits, said[i]))

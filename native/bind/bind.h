@@ -8,6 +8,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <span>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 
@@ -25,8 +27,13 @@ using Bytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 // Never converted: a result would go into the copy, and the engine keeps addresses of weights and adapters.
 inline auto array(const char* name) { return nb::arg(name).noconvert(); }
 
-inline void require(bool condition, const std::string& message) {
-  if (!condition) throw std::invalid_argument(message);
+// The message, one part behind the other, is only made of what has failed.
+template <class... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
 }
 
 inline Mode mode_of(const std::string& name) {
@@ -38,17 +45,16 @@ inline Mode mode_of(const std::string& name) {
 
 inline Matrix matrix_view(int format, int rows, int cols, const ConstBytes& packed) {
   Matrix m = packed_matrix(Format(format), rows, cols);
-  require(packed.size() == packed_bytes(m), "packed weights: " + std::to_string(packed.size()) + " bytes, expected " +
-                                                std::to_string(packed_bytes(m)) + " for " + std::to_string(rows) + " x " +
-                                                std::to_string(cols));
+  require(packed.size() == packed_bytes(m), "packed weights: ", packed.size(), " bytes, expected ", packed_bytes(m), " for ", rows,
+          " x ", cols);
   m.data = packed.data();
   return m;
 }
 
-inline void check_ids(const ConstInts& ids, int limit, const char* what) {
-  for (size_t i = 0; i < ids.shape(0); i++)
-    require(ids.data()[i] >= 0 && ids.data()[i] < limit,
-            std::string(what) + " " + std::to_string(ids.data()[i]) + ": expected 0 to " + std::to_string(limit - 1));
+inline std::span<const int32_t> span_of(const ConstInts& x) { return {x.data(), x.shape(0)}; }
+
+inline void check_ids(std::span<const int32_t> ids, int limit, const char* what) {
+  for (const int32_t id : ids) require(id >= 0 && id < limit, what, " ", id, ": expected 0 to ", limit - 1);
 }
 
 // native/bind/kernels.cpp: the machine, packed weights, optimizer, sampler; what the machine can do at most.

@@ -144,7 +144,7 @@ void bind_numbers(nb::module_& m) {
       [](const ConstFloats& logits, int vocab, float temperature, int top_k, float top_p, float min_p, float repetition,
          float presence, float frequency, uint64_t seed, uint64_t step, const ConstInts& recent) {
         require(vocab > 0 && size_t(vocab) <= logits.size(), "sample: vocabulary exceeds the logits");
-        check_ids(recent, vocab, "token");
+        check_ids(span_of(recent), vocab, "token");
         const Sampling o{temperature, top_p, min_p, repetition, presence, frequency, top_k, seed};
         nb::gil_scoped_release release;
         return sample(logits.data(), vocab, o, recent.data(), int(recent.shape(0)), step);

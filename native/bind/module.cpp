@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 #include <memory>
 #include <optional>
@@ -21,34 +22,34 @@ struct PyLora {
 };
 
 struct PyBatch {
-  PyBatch(const ConstInts& starts, const ConstInts& positions, const ConstInts& page_starts, const ConstInts& pages,
-          const std::vector<PyLora*>& loras, int prefix, const std::optional<ConstInts>& read) {
-    const size_t n = positions.shape(0);
-    require(starts.shape(0) == n + 1 && page_starts.shape(0) == n + 1 && (loras.empty() || loras.size() == n),
-            "batch arrays disagree in length");
-    batch.page_tables.assign(pages.data(), pages.data() + pages.shape(0));
+  // Lists, not arrays: in a step of decode they are short, and NumPy's code has to come from memory each time.
+  PyBatch(const std::vector<int>& counts, const std::vector<int>& positions, const std::vector<std::vector<int>>& pages,
+          const std::vector<PyLora*>& loras, int prefix, const std::optional<std::vector<int32_t>>& read) {
+    const size_t n = counts.size();
+    require(positions.size() == n && pages.size() == n && (loras.empty() || loras.size() == n), "batch lists disagree in length");
+    size_t all = 0;
+    for (const std::vector<int>& table : pages) all += table.size();
+    batch.page_tables.reserve(all);  // segments point into it
     for (size_t i = 0; i < n; i++) {
-      const int row = starts.data()[i], count = starts.data()[i + 1] - row, position = positions.data()[i];
-      const int first = page_starts.data()[i], last = page_starts.data()[i + 1];
-      require(count > 0 && position >= 0 && row == batch.rows, "segments must be non-empty and consecutive");
-      require(first >= 0 && last <= int(pages.shape(0)) && int64_t(last - first) * kPageTokens >= int64_t(position) + count,
-              "page table too short for the segment");
-      for (int p = first; p < last; p++) {
-        require(batch.page_tables[size_t(p)] >= 0, "negative page");
-        highest_page = batch.page_tables[size_t(p)] > highest_page ? batch.page_tables[size_t(p)] : highest_page;
+      const int count = counts[i], position = positions[i];
+      require(count > 0 && position >= 0, "segments must be non-empty, at positions from 0 on");
+      require(int64_t(pages[i].size()) * kPageTokens >= int64_t(position) + count, "page table too short for the segment");
+      const int* table = batch.page_tables.data() + batch.page_tables.size();
+      for (const int page : pages[i]) {
+        require(page >= 0, "negative page");
+        highest_page = std::max(highest_page, page);
+        batch.page_tables.push_back(page);
       }
-      batch.segments.push_back(
-          {row, count, position, batch.page_tables.data() + first, loras.empty() || !loras[i] ? nullptr : &loras[i]->set});
+      batch.segments.push_back({batch.rows, count, position, table, loras.empty() || !loras[i] ? nullptr : &loras[i]->set});
       require(prefix == 0 || (i == 0 ? position == 0 && count == prefix : position == prefix),
               "with a prefix, the first segment holds it and the others start behind it");
       batch.rows += count;
     }
     batch.prefix = prefix;
-    if (!read) return;
-    batch.read.emplace(read->data(), read->data() + read->shape(0));
-    for (size_t i = 0; i < batch.read->size(); i++)
-      require((i ? (*batch.read)[i - 1] : -1) < (*batch.read)[i] && (*batch.read)[i] < batch.rows,
-              "rows that are read must ascend, below " + std::to_string(batch.rows));
+    batch.read = read;
+    for (size_t i = 0; read && i < read->size(); i++)
+      require((i ? (*read)[i - 1] : -1) < (*read)[i] && (*read)[i] < batch.rows, "rows that are read must ascend, below ",
+              batch.rows);
   }
   Batch batch;
   int highest_page = -1;
@@ -59,20 +60,20 @@ struct PyEngine : Engine {
 
   void check_rows(const nb::ndarray<>& x, int rows, int width, const char* what) const {
     require(x.ndim() == 2 && int(x.shape(0)) == rows && int(x.shape(1)) == padded(width),
-            std::string(what) + " must be [" + std::to_string(rows) + ", " + std::to_string(padded(width)) + "] float32");
+            what, " must be [", rows, ", ", padded(width), "] float32");
   }
   void check_layer(int layer) const {
-    require(layer >= 0 && layer < dims.layers, "layer " + std::to_string(layer) + " of " + std::to_string(dims.layers));
+    require(layer >= 0 && layer < dims.layers, "layer ", layer, " of ", dims.layers);
   }
   // Everything that a layer cannot run without has been set.
   void check_complete(int layer) const {
     const Layer& own = layers[size_t(layer)];
     for (int target = 0; target < own.targets(); target++)
       require(own.w[size_t(target)].data || (target == kGate && !dims.gated),
-              "layer " + std::to_string(layer) + ": weight " + std::to_string(target) + " has not been set");
+              "layer ", layer, ": weight ", target, " has not been set");
     require((!own.experts || own.router.data) && (!own.shared || own.shared_router),
-            "layer " + std::to_string(layer) + ": the router has not been set");
-    require(!own.q_norm == !own.k_norm, "layer " + std::to_string(layer) + ": norms of q and k come together");
+            "layer ", layer, ": the router has not been set");
+    require(!own.q_norm == !own.k_norm, "layer ", layer, ": norms of q and k come together");
   }
   void check_head() const { require(head.data && final_norm, "the head or its norm has not been set"); }
 };
@@ -104,14 +105,14 @@ void set_layer(PyEngine& e, int layer, int heads, int kv_heads, int ffn, int win
   e.check_layer(layer);
   require(heads > 0 && kv_heads > 0 && ffn > 0, "dimensions must be positive");
   require(heads % kv_heads == 0 && heads / kv_heads <= kMaxGroup,
-          "query heads must be 1 to " + std::to_string(kMaxGroup) + " times the kv heads");
+          "query heads must be 1 to ", kMaxGroup, " times the kv heads");
   require(window >= 0 && experts >= 0 && shared >= 0, "window, experts and shared must not be negative");
   require(experts || !shared, "a shared expert is one beside others");
-  require(rope >= -1 && rope < int(e.ropes.size()), "rope " + std::to_string(rope) + " of " + std::to_string(e.ropes.size()));
+  require(rope >= -1 && rope < int(e.ropes.size()), "rope ", rope, " of ", e.ropes.size());
   require(!experts || (e.dims.gated && ffn % kStripRows == 0 && e.dims.width % kStripRows == 0),
           "experts must have a gate, and rows that are a multiple of 16");
   require(!experts || (e.experts_used > 0 && e.experts_used <= experts),
-          std::to_string(e.experts_used) + " experts used of " + std::to_string(experts));
+          e.experts_used, " experts used of ", experts);
   Layer& own = e.layers[size_t(layer)] = Layer{};  // its weights come later
   own.heads = heads, own.kv_heads = kv_heads, own.ffn = ffn;
   own.window = window, own.rope = rope, own.experts = experts, own.shared = shared;
@@ -153,14 +154,14 @@ void set_vector(PyEngine& e, int layer, const std::string& name, const ConstFloa
     for (int target = 0; target <= kDown; target++)
       if (name == kBias[target]) place = &own.bias[size_t(target)], length = linear_shape(e.dims, own, target).first;
     if (name == "q_norm" || name == "k_norm") {
-      require(e.dims.qk_norm != QkNorm::none, "vector '" + name + "', but qk_norm is 0");
+      require(e.dims.qk_norm != QkNorm::none, "vector '", name, "', but qk_norm is 0");
       place = name == "q_norm" ? &own.q_norm : &own.k_norm;
       length = (e.dims.qk_norm == QkNorm::head ? 1 : name == "q_norm" ? own.heads : own.kv_heads) * e.dims.head_dim;
     }
   }
-  require(place, "vector '" + name + "' of layer " + std::to_string(layer) + " is not known");
+  require(place, "vector '", name, "' of layer ", layer, " is not known");
   require(length > 0 && int(values.size()) == padded(length),
-          "vector '" + name + "': " + std::to_string(values.size()) + " values, expected " + std::to_string(padded(length)));
+          "vector '", name, "': ", values.size(), " values, expected ", padded(length));
   *place = values.data();
 }
 
@@ -249,10 +250,10 @@ void bind_state(nb::module_& m) {
       .def("set", &set_lora, nb::arg("layer"), nb::arg("target"), array("a"), array("bt"), array("scale"),
            array("da").none() = nb::none(), array("dbt").none() = nb::none());
   nb::class_<PyBatch>(m, "Batch")
-      .def(nb::init<const ConstInts&, const ConstInts&, const ConstInts&, const ConstInts&, const std::vector<PyLora*>&, int,
-                    const std::optional<ConstInts>&>(),
-           array("starts"), array("positions"), array("page_starts"), array("pages"), nb::arg("loras"), nb::arg("prefix") = 0,
-           array("read").none() = nb::none(), nb::keep_alive<1, 6>())
+      .def(nb::init<const std::vector<int>&, const std::vector<int>&, const std::vector<std::vector<int>>&,
+                    const std::vector<PyLora*>&, int, const std::optional<std::vector<int32_t>>&>(),
+           nb::arg("counts"), nb::arg("positions"), nb::arg("pages"), nb::arg("loras"), nb::arg("prefix") = 0,
+           nb::arg("read") = nb::none(), nb::keep_alive<1, 5>())
       .def_prop_ro("rows", [](const PyBatch& b) { return b.batch.rows; });
   nb::class_<KvCache>(m, "KvCache")
       .def(
@@ -296,14 +297,14 @@ void bind_engine(nb::module_& m) {
       .def("set_table", &set_table, nb::arg("head"), nb::arg("format"), array("packed"))
       .def(
           "embed",
-          [](PyEngine& e, const ConstInts& tokens, const Floats& x) {
-            e.check_rows(nb::ndarray<>(x), int(tokens.shape(0)), e.dims.width, "x");
+          [](PyEngine& e, const std::vector<int32_t>& tokens, const Floats& x) {
+            e.check_rows(nb::ndarray<>(x), int(tokens.size()), e.dims.width, "x");
             check_ids(tokens, e.dims.vocab, "token");
             require(e.embed.data, "the embedding has not been set");
             nb::gil_scoped_release release;
-            embed_rows(e, tokens.data(), int(tokens.shape(0)), x.data());
+            embed_rows(e, tokens.data(), int(tokens.size()), x.data());
           },
-          array("tokens"), array("x"))
+          nb::arg("tokens"), array("x"))
       .def("forward_layer", &forward_layer, nb::arg("layer"), nb::arg("precision"), array("x"), nb::arg("batch"),
            nb::arg("cache"))
       .def("record_layer", &record_layer, nb::arg("layer"), array("x"), nb::arg("batch"), nb::arg("tape"))
@@ -311,23 +312,24 @@ void bind_engine(nb::module_& m) {
            nb::arg("need_dx"))
       .def(
           "logits",
-          [](PyEngine& e, const std::string& precision, const ConstFloats& x, const ConstInts& rows, const Floats& logits) {
+          [](PyEngine& e, const std::string& precision, const ConstFloats& x, const std::vector<int32_t>& rows,
+             const Floats& logits) {
             require(x.ndim() == 2 && int(x.shape(1)) == padded(e.dims.width), "x must be [rows, width padded to 32]");
             check_ids(rows, int(x.shape(0)), "row");
-            e.check_rows(nb::ndarray<>(logits), int(rows.shape(0)), e.dims.vocab, "logits");
+            e.check_rows(nb::ndarray<>(logits), int(rows.size()), e.dims.vocab, "logits");
             e.check_head();
             const Mode mode = mode_of(precision);
             nb::gil_scoped_release release;
-            head_logits(e, mode, x.data(), rows.data(), int(rows.shape(0)), logits.data());
+            head_logits(e, mode, x.data(), rows.data(), int(rows.size()), logits.data());
           },
-          nb::arg("precision"), array("x"), array("rows"), array("logits"))
+          nb::arg("precision"), array("x"), nb::arg("rows"), array("logits"))
       .def(
           "logprobs",
           [](PyEngine& e, const std::string& precision, const ConstFloats& x, const ConstInts& rows, const ConstInts& targets,
              const Floats& logp, std::optional<ConstFloats> d_logp, std::optional<Floats> dx) {
             require(x.ndim() == 2 && int(x.shape(1)) == padded(e.dims.width), "x must be [rows, width padded to 32]");
-            check_ids(rows, int(x.shape(0)), "row");
-            check_ids(targets, e.dims.vocab, "target");
+            check_ids(span_of(rows), int(x.shape(0)), "row");
+            check_ids(span_of(targets), e.dims.vocab, "target");
             const size_t n = rows.shape(0);
             require(targets.shape(0) == n && logp.size() == n, "rows, targets and logp must agree in length");
             require(bool(d_logp) == bool(dx), "d_logp and dx come together");

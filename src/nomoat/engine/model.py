@@ -141,7 +141,7 @@ class Model:
         segments: Sequence[tuple[kv.Sequence, Sequence[int], Stack | None]],
         *,
         precision: str = "int8",
-        read: Sequence[int] | Int32 | None = None,
+        read: Sequence[int] | None = None,
     ) -> Float32:
         """Runs new tokens of several sequences, appends them to the cache, returns hidden rows [M, width padded to 32].
 
@@ -156,16 +156,18 @@ class Model:
                     f"{len(sequence.tokens) + len(tokens):,} tokens exceed the model's context of {self.spec.context:,}",
                     code="E_LIMIT",
                 )
-        flat = np.concatenate([np.asarray(tokens, np.int32) for _, tokens, _ in segments])
-        if flat.size and not 0 <= int(flat.min()) <= int(flat.max()) < self.spec.vocab:
-            raise InputError(f"token ids must be below {self.spec.vocab:,}; found {flat.min()} to {flat.max()}", code="E_LIMIT")
+        flat = [int(token) for _, tokens, _ in segments for token in tokens]
+        if flat and not 0 <= min(flat) <= max(flat) < self.spec.vocab:
+            raise InputError(f"token ids must be below {self.spec.vocab:,}; found {min(flat)} to {max(flat)}", code="E_LIMIT")
         for sequence, tokens, _ in segments:
             pool.grow(sequence, len(sequence.tokens) + len(tokens))
-        batch = self._batch(
+        loras = [native_set(stack, self.spec.layers) if stack is not None and stack.linears else None for _, _, stack in segments]
+        batch = _native.Batch(
             [len(tokens) for _, tokens, _ in segments],
             [len(sequence.tokens) for sequence, _, _ in segments],
             [sequence.pages for sequence, _, _ in segments],
-            [native_set(stack, self.spec.layers) if stack is not None and stack.linears else None for _, _, stack in segments],
+            # None is the base model, which the generated stub of a C++ vector of pointers cannot say
+            cast(list[_native.LoraSet], loras),
             read=read,
         )
         x = self._embed(flat)
@@ -175,11 +177,10 @@ class Model:
             sequence.tokens += [int(token) for token in tokens]
         return x
 
-    def head(self, x: Float32, rows: Sequence[int] | Int32, *, precision: str = "int8") -> Float32:
+    def head(self, x: Float32, rows: Sequence[int], *, precision: str = "int8") -> Float32:
         """Logits [len(rows), vocab] of hidden rows; a view of [len(rows), vocab padded to 32]."""
-        ids = np.ascontiguousarray(rows, np.int32)
-        logits = np.empty((len(ids), _padded(self.spec.vocab)), np.float32)
-        self._engine.logits(precision, x, ids, logits)
+        logits = np.empty((len(rows), _padded(self.spec.vocab)), np.float32)
+        self._engine.logits(precision, x, rows, logits)
         return logits[:, : self.spec.vocab]
 
     def next_logits(self, sequence: kv.Sequence, tokens: Sequence[int], stack: Stack | None = None) -> Float32:
@@ -215,7 +216,8 @@ class Model:
                 for at in range(begin, end, FORWARD_ROWS):
                     stop = min(at + FORWARD_ROWS, end)
                     rows = _weighted(pack, at, stop)
-                    x = self.forward([(sequence, pack.tokens[at:stop].tolist(), stack)], precision=precision, read=rows - at)
+                    segment = (sequence, pack.tokens[at:stop].tolist(), stack)
+                    x = self.forward([segment], precision=precision, read=(rows - at).tolist())
                     logp = np.empty(len(rows), np.float32)
                     if len(rows):
                         self._engine.logprobs(precision, x, rows - at, pack.targets[rows], logp)
@@ -238,9 +240,10 @@ class Model:
         tokens, lengths, positions, prefix, kept = _share_prefix(pack)
         weighted = _weighted(pack, 0, len(pack.tokens))
         rows = kept[weighted]
-        batch = self._batch(lengths, positions, _page_tables(lengths, prefix), [lora.native] * len(lengths), prefix, rows)
+        pages = _page_tables(lengths, prefix)
+        batch = _native.Batch(lengths, positions, pages, [lora.native] * len(lengths), prefix, rows.tolist())
         tape = self._tape(precision, len(tokens), lora, budget)
-        x = self._embed(tokens)
+        x = self._embed(tokens.tolist())
         for layer in range(self.spec.layers):
             self._engine.record_layer(layer, x, batch, tape)
         logp = np.empty(len(rows), np.float32)
@@ -265,33 +268,10 @@ class Model:
 
     # ---- plumbing ------------------------------------------------------------------------------------------------------
 
-    def _embed(self, tokens: Int32) -> Float32:
+    def _embed(self, tokens: list[int]) -> Float32:
         x = np.zeros((len(tokens), _padded(self.spec.width)), np.float32)
         self._engine.embed(tokens, x)
         return x
-
-    @staticmethod
-    def _batch(
-        counts: list[int],
-        positions: list[int],
-        pages: list[list[int]],
-        loras: Sequence[_native.LoraSet | None],
-        prefix: int = 0,
-        read: Sequence[int] | Int32 | None = None,
-    ) -> _native.Batch:
-        starts = np.cumsum([0, *counts], dtype=np.int32)
-        page_starts = np.cumsum([0, *map(len, pages)], dtype=np.int32)
-        flat = np.asarray([page for table in pages for page in table], np.int32)
-        # None is the base model, which the generated stub of a C++ vector of pointers cannot say
-        return _native.Batch(
-            starts,
-            np.asarray(positions, np.int32),
-            page_starts,
-            flat,
-            cast(list[_native.LoraSet], list(loras)),
-            prefix,
-            None if read is None else np.ascontiguousarray(read, np.int32),
-        )
 
 
 def activation_bytes(spec: ModelSpec, layer: int, ranks: int, precision: str = "bf16") -> int:
