@@ -136,10 +136,10 @@ def test_sampling_gives_back_a_logit_that_is_no_number() -> None:
     rng = np.random.default_rng(0)
     for filters in [(0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (1.0, 40, 1.0, 0.0), (1.0, 0, 0.9, 0.0), (1.0, 40, 0.5, 0.1)]:
         for value in (np.nan, np.inf):
-            logits = rng.standard_normal(3000).astype(np.float32)
-            place = int(rng.integers(3000))
-            logits[place] = value
-            assert _native.sample(logits, 3000, *filters, 1.0, 0.0, 0.0, 1, 2, np.zeros(0, np.int32)) == place
+            logits = rng.standard_normal((2, 3000)).astype(np.float32)
+            places = rng.integers(3000, size=2).tolist()
+            logits[[0, 1], places] = value
+            assert _native.sample(logits, [_native.Sampling(*filters, 1.0, 0.0, 0.0, 1)] * 2, [(), ()], [2, 3]) == places
 
 
 # ---- calls ---------------------------------------------------------------------------------------------------------------
@@ -237,8 +237,10 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: _native.LoraSet(1).set(1, 0, floats(2, 32), floats(2, 32), floats(2)), "layer or target"),
     (lambda: _native.LoraSet(1).set(0, 0, floats(2, 32), floats(3, 32), floats(2)), "rank"),
     (lambda: _native.LoraSet(1).set(0, 0, floats(2, 32), floats(2, 32), floats(2), floats(3, 32), floats(3, 32)), "gradients"),
-    (lambda: _native.sample(floats(4), 5, 1.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, 0, ids()), "vocabulary"),
-    (lambda: _native.sample(floats(4), 4, 1.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, 0, ids(4)), "token 4"),
+    (lambda: _native.sample(floats(1, 0), [Sampling().native], [()], [0]), "rows side by side"),
+    (lambda: _native.sample(floats(4, 4).T[:1], [Sampling().native], [()], [0]), "rows side by side"),
+    (lambda: _native.sample(floats(1, 4), [Sampling().native], [(4,)], [0]), "token 4"),
+    (lambda: _native.sample(floats(2, 4), [Sampling().native], [(), ()], [0, 0]), "length"),
     (lambda: _native.adamw(floats(3), floats(4), floats(3), floats(3), 1e-3, 0.9, 0.999, 1e-8, 0.0, 1), "differ in size"),
     (lambda: _native.adamw(floats(3), floats(3), floats(3), floats(3), 1e-3, 0.9, 0.999, 1e-8, 0.0, 0), "from 1"),
 ]

@@ -9,7 +9,7 @@ from typing import Any
 from bench.peers.channel import peak_rss_mb, rss_mb, serve
 
 from nomoat.bench.speed import TrainStep, decoded, dense_packs, prefilled, random_stack
-from nomoat.engine.generate import Sampling, choose_token
+from nomoat.engine.generate import Sampling, choose_tokens
 from nomoat.engine.kv import Sequence
 from nomoat.engine.model import FORWARD_ROWS, Model
 
@@ -53,12 +53,14 @@ def answers(prompts: list[list[int]], adapters: list[int], count: int) -> dict[s
         group = range(first, min(first + each, len(prompts)))
         ends = [end - 1 for end in itertools.accumulate(len(prompts[i]) for i in group)]
         x = model.forward([(sequences[i], prompts[i], stacks[i]) for i in group], read=ends)
-        for i, logits in zip(group, model.head(x, ends), strict=True):
-            said[i].append(choose_token(greedy, logits, said[i]))
+        chosen = choose_tokens([greedy] * len(group), model.head(x, ends), [said[i] for i in group])
+        for i, token in zip(group, chosen, strict=True):
+            said[i].append(token)
     for _ in range(count - 1):
         x = model.forward([(sequences[i], said[i][-1:], stacks[i]) for i in range(len(prompts))])
-        for i, logits in enumerate(model.head(x, range(len(prompts)))):
-            said[i].append(choose_token(greedy, logits, said[i]))
+        chosen = choose_tokens([greedy] * len(prompts), model.head(x, range(len(prompts))), said)
+        for own, token in zip(said, chosen, strict=True):
+            own.append(token)
     seconds = time.perf_counter() - began
     for sequence in sequences:
         model.pool().cut(sequence, 0)

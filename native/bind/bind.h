@@ -45,8 +45,8 @@ inline Mode mode_of(const std::string& name) {
 
 inline Matrix matrix_view(int format, int rows, int cols, const ConstBytes& packed) {
   Matrix m = packed_matrix(Format(format), rows, cols);
-  require(packed.size() == packed_bytes(m), "packed weights: ", packed.size(), " bytes, expected ", packed_bytes(m), " for ", rows,
-          " x ", cols);
+  require(packed.size() == packed_bytes(m), "packed weights: ", packed.size(), " bytes, expected ", packed_bytes(m), " for ",
+          rows, " x ", cols);
   m.data = packed.data();
   return m;
 }

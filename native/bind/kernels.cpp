@@ -139,19 +139,36 @@ void bind_numbers(nb::module_& m) {
       },
       array("param"), array("grad"), array("m"), array("v"), nb::arg("lr"), nb::arg("beta1"), nb::arg("beta2"), nb::arg("eps"),
       nb::arg("weight_decay"), nb::arg("step"), nb::arg("grad_scale") = 1.0);
+  nb::class_<Sampling>(m, "Sampling")
+      .def(
+          "__init__",
+          [](Sampling* self, float temperature, int top_k, float top_p, float min_p, float repetition, float presence,
+             float frequency,
+             uint64_t seed) { new (self) Sampling{temperature, top_p, min_p, repetition, presence, frequency, top_k, seed}; },
+          nb::arg("temperature"), nb::arg("top_k"), nb::arg("top_p"), nb::arg("min_p"), nb::arg("repetition_penalty"),
+          nb::arg("presence_penalty"), nb::arg("frequency_penalty"), nb::arg("seed"))
+      .def_prop_ro("penalizes", &Sampling::penalizes);
+  // A token from each row: `said` are those before it, of which none need be there if nothing penalizes them, `steps` their
+  // number.
   m.def(
       "sample",
-      [](const ConstFloats& logits, int vocab, float temperature, int top_k, float top_p, float min_p, float repetition,
-         float presence, float frequency, uint64_t seed, uint64_t step, const ConstInts& recent) {
-        require(vocab > 0 && size_t(vocab) <= logits.size(), "sample: vocabulary exceeds the logits");
-        check_ids(span_of(recent), vocab, "token");
-        const Sampling o{temperature, top_p, min_p, repetition, presence, frequency, top_k, seed};
+      [](const nb::ndarray<const float, nb::ndim<2>, nb::device::cpu>& logits, const std::vector<const Sampling*>& options,
+         const std::vector<std::vector<int32_t>>& said, const std::vector<uint64_t>& steps) {
+        const size_t rows = logits.shape(0);
+        const int vocab = int(logits.shape(1));
+        require(vocab > 0 && (logits.stride(1) == 1 || vocab == 1), "sample: logits must be rows side by side");
+        require(options.size() == rows && said.size() == rows && steps.size() == rows, "sample: lists disagree in length");
+        for (const std::vector<int32_t>& own : said) check_ids(own, vocab, "token");
+        for (const Sampling* own : options) require(own, "sample: no options");
+        std::vector<int> tokens(rows);
         nb::gil_scoped_release release;
-        return sample(logits.data(), vocab, o, recent.data(), int(recent.shape(0)), step);
+        parallel_for(int(rows), [&](int row, int) {
+          const size_t i = size_t(row);
+          tokens[i] = sample(logits.data() + int64_t(row) * logits.stride(0), vocab, *options[i], said[i], steps[i]);
+        });
+        return tokens;
       },
-      array("logits"), nb::arg("vocab"), nb::arg("temperature"), nb::arg("top_k"), nb::arg("top_p"), nb::arg("min_p"),
-      nb::arg("repetition_penalty"), nb::arg("presence_penalty"), nb::arg("frequency_penalty"), nb::arg("seed"), nb::arg("step"),
-      array("recent"));
+      array("logits"), nb::arg("options"), nb::arg("said"), nb::arg("steps"));
 }
 
 }  // namespace

@@ -59,20 +59,18 @@ struct PyEngine : Engine {
   using Engine::Engine;
 
   void check_rows(const nb::ndarray<>& x, int rows, int width, const char* what) const {
-    require(x.ndim() == 2 && int(x.shape(0)) == rows && int(x.shape(1)) == padded(width),
-            what, " must be [", rows, ", ", padded(width), "] float32");
+    require(x.ndim() == 2 && int(x.shape(0)) == rows && int(x.shape(1)) == padded(width), what, " must be [", rows, ", ",
+            padded(width), "] float32");
   }
-  void check_layer(int layer) const {
-    require(layer >= 0 && layer < dims.layers, "layer ", layer, " of ", dims.layers);
-  }
+  void check_layer(int layer) const { require(layer >= 0 && layer < dims.layers, "layer ", layer, " of ", dims.layers); }
   // Everything that a layer cannot run without has been set.
   void check_complete(int layer) const {
     const Layer& own = layers[size_t(layer)];
     for (int target = 0; target < own.targets(); target++)
-      require(own.w[size_t(target)].data || (target == kGate && !dims.gated),
-              "layer ", layer, ": weight ", target, " has not been set");
-    require((!own.experts || own.router.data) && (!own.shared || own.shared_router),
-            "layer ", layer, ": the router has not been set");
+      require(own.w[size_t(target)].data || (target == kGate && !dims.gated), "layer ", layer, ": weight ", target,
+              " has not been set");
+    require((!own.experts || own.router.data) && (!own.shared || own.shared_router), "layer ", layer,
+            ": the router has not been set");
     require(!own.q_norm == !own.k_norm, "layer ", layer, ": norms of q and k come together");
   }
   void check_head() const { require(head.data && final_norm, "the head or its norm has not been set"); }
@@ -104,15 +102,13 @@ void add_rope(PyEngine& e, bool interleaved, const ConstFloats& inv_freq, float 
 void set_layer(PyEngine& e, int layer, int heads, int kv_heads, int ffn, int window, int rope, int experts, int shared) {
   e.check_layer(layer);
   require(heads > 0 && kv_heads > 0 && ffn > 0, "dimensions must be positive");
-  require(heads % kv_heads == 0 && heads / kv_heads <= kMaxGroup,
-          "query heads must be 1 to ", kMaxGroup, " times the kv heads");
+  require(heads % kv_heads == 0 && heads / kv_heads <= kMaxGroup, "query heads must be 1 to ", kMaxGroup, " times the kv heads");
   require(window >= 0 && experts >= 0 && shared >= 0, "window, experts and shared must not be negative");
   require(experts || !shared, "a shared expert is one beside others");
   require(rope >= -1 && rope < int(e.ropes.size()), "rope ", rope, " of ", e.ropes.size());
   require(!experts || (e.dims.gated && ffn % kStripRows == 0 && e.dims.width % kStripRows == 0),
           "experts must have a gate, and rows that are a multiple of 16");
-  require(!experts || (e.experts_used > 0 && e.experts_used <= experts),
-          e.experts_used, " experts used of ", experts);
+  require(!experts || (e.experts_used > 0 && e.experts_used <= experts), e.experts_used, " experts used of ", experts);
   Layer& own = e.layers[size_t(layer)] = Layer{};  // its weights come later
   own.heads = heads, own.kv_heads = kv_heads, own.ffn = ffn;
   own.window = window, own.rope = rope, own.experts = experts, own.shared = shared;
@@ -160,8 +156,8 @@ void set_vector(PyEngine& e, int layer, const std::string& name, const ConstFloa
     }
   }
   require(place, "vector '", name, "' of layer ", layer, " is not known");
-  require(length > 0 && int(values.size()) == padded(length),
-          "vector '", name, "': ", values.size(), " values, expected ", padded(length));
+  require(length > 0 && int(values.size()) == padded(length), "vector '", name, "': ", values.size(), " values, expected ",
+          padded(length));
   *place = values.data();
 }
 

@@ -46,6 +46,7 @@ constexpr Kernels make_kernels(Level level) {
   k.soft_cap = soft_cap<V>;
   k.soft_cap_backward = soft_cap_backward<V>;
   k.axpy = axpy<V>;
+  k.highest = highest<V>;
   k.log_sum_exp = log_sum_exp<V>;
   k.softmax_bf16 = softmax_bf16<V>;
   k.softmax_f32 = softmax_f32<V>;

@@ -220,6 +220,27 @@ void axpy(const float* y, float factor, int count, float* x) {
   for (int i = 0; i < count; i += V::W) V::store(x + i, V::fma(V::load(y + i), V::set1(factor), V::load(x + i)));
 }
 
+// Sixteen maxima side by side, in which the compiler sees vectors: an index carried from x to x took four times as long.
+template <class V>
+float highest(const float* x, int count) {
+  float top[16], most = -INFINITY;
+  int32_t bad[16] = {}, any = 0;
+  for (float& lane : top) lane = -INFINITY;
+  auto take = [&](float value, int lane) {
+    bad[lane] |= !(value < INFINITY);
+    top[lane] = value > top[lane] ? value : top[lane];
+  };
+  const int whole = count / 16 * 16;
+  for (int t = 0; t < whole; t += 16)
+    for (int i = 0; i < 16; i++) take(x[t + i], i);
+  for (int t = whole; t < count; t++) take(x[t], 0);
+  for (int i = 0; i < 16; i++) {
+    any |= bad[i];
+    most = top[i] > most ? top[i] : most;
+  }
+  return any ? INFINITY : most;
+}
+
 template <class V>
 float log_sum_exp(const float* x, int count) {
   const int whole = count / 16 * 16;

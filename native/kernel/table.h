@@ -160,6 +160,8 @@ struct Kernels {
   void (*soft_cap_backward)(const float* x, float cap, int count, float* d);
   // x[i] += y[i] * factor
   void (*axpy)(const float* y, float factor, int count, float* x);
+  // returns max(x), or +infinity where an x is NaN or +infinity
+  float (*highest)(const float* x, int count);
   // returns log(sum(exp(x)))
   float (*log_sum_exp)(const float* x, int count);
   // out[i] = factor * (exp(x[i] - lse)), bf16 or float; out may be x

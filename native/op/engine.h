@@ -7,6 +7,7 @@
 #include <array>
 #include <memory>
 #include <optional>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -371,10 +372,12 @@ struct Sampling {
   float temperature, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty;
   int top_k;
   uint64_t seed;
+
+  bool penalizes() const { return repetition_penalty != 1 || presence_penalty != 0 || frequency_penalty != 0; }
 };
 
 // Picks a token. `recent` are the tokens that the penalties look at; `step` numbers the draws of one seed. A logit that is NaN
 // or +infinity is picked before all others.
-int sample(const float* logits, int vocab, const Sampling& options, const int32_t* recent, int recent_count, uint64_t step);
+int sample(const float* logits, int vocab, const Sampling& options, std::span<const int32_t> recent, uint64_t step);
 
 }  // namespace nomoat

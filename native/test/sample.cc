@@ -22,7 +22,7 @@ constexpr Sampling kPlain{.temperature = 1,
                           .seed = 7};
 
 int draw(const Floats& logits, const Sampling& o, uint64_t step = 0, const std::vector<int32_t>& recent = {}) {
-  return sample(logits.data(), int(logits.size()), o, recent.data(), int(recent.size()), step);
+  return sample(logits.data(), int(logits.size()), o, recent, step);
 }
 
 std::vector<double> probabilities(const Floats& logits, double temperature) {
@@ -140,6 +140,71 @@ TEST("sample: min_p drops what is less likely than a share of the likeliest") {
   check_frequencies(kLogits, o, expected);
   o.min_p = 1;
   for (uint64_t step = 0; step < 100; step++) CHECK(draw(kLogits, o, step) == 2, "min_p = 1, step %d", int(step));
+}
+
+// Logits of many tokens, a number that is no multiple of anything, with many equals.
+Floats many_logits() {
+  Floats logits(5003);
+  uint32_t bits = 7;
+  for (float& x : logits) x = std::round(8 * float((bits = bits * 1664525 + 1013904223) >> 8) * 0x1p-24f * 12) / 8;
+  for (size_t t = 0; t < logits.size(); t += 9) logits[t] = -INFINITY;
+  return logits;
+}
+
+TEST("sample: of many tokens, the filters keep those that sorting all finds") {
+  const Floats logits = many_logits();
+  struct Token {
+    float logit;
+    int id;
+  };
+  for (int top_k : {0, 1, 40, 300, 4000, 6000})
+    for (float min_p : {0.0f, 0.01f, 0.5f})
+      for (float top_p : {1.0f, 0.9f, 0.3f}) {
+        std::vector<Token> kept;
+        for (size_t t = 0; t < logits.size(); t++) kept.push_back({logits[t], int(t)});
+        std::stable_sort(kept.begin(), kept.end(), [](const Token& a, const Token& b) { return a.logit > b.logit; });
+        const float top = kept[0].logit;
+        if (top_k) kept.resize(std::min(kept.size(), size_t(top_k)));
+        std::erase_if(kept, [&](const Token& t) { return double(t.logit - top) < std::log(double(min_p)); });
+        double mass = 0, sum = 0;
+        for (const Token& t : kept) mass += std::exp(double(t.logit - top));
+        std::set<int> ids;
+        for (const Token& t : kept) {
+          if (t.logit > -INFINITY) ids.insert(t.id);
+          if ((sum += std::exp(double(t.logit - top))) >= double(top_p) * mass) break;
+        }
+        Sampling o = kPlain;
+        o.temperature = 3;  // flat, so that the last ones come up
+        o.top_k = top_k, o.min_p = min_p, o.top_p = top_p;
+        for (uint64_t step = 0; step < 300; step++) {
+          const int token = draw(logits, o, step);
+          CHECK(ids.count(token), "top_k %d, min_p %g, top_p %g: token %d of logit %g", top_k, double(min_p), double(top_p),
+                token, double(logits[size_t(token)]));
+        }
+        o.temperature = 0;
+        CHECK(draw(logits, o) == *std::find_if(ids.begin(), ids.end(), [&](int t) { return logits[size_t(t)] == top; }),
+              "greedy: token %d", draw(logits, o));
+      }
+}
+
+TEST("sample: of many tokens, draws follow the distribution") {
+  constexpr int n = 20000, kGroups = 20;
+  const Floats logits = many_logits();
+  for (float temperature : {1.0f, 6.0f}) {
+    Sampling o = kPlain;
+    o.temperature = temperature;
+    const std::vector<double> p = probabilities(logits, temperature);
+    std::vector<double> expected(kGroups), counts(kGroups);
+    for (size_t t = 0; t < p.size(); t++) expected[t * kGroups / p.size()] += p[t];
+    for (uint64_t step = 0; step < n; step++) {
+      const size_t token = size_t(draw(logits, o, step));
+      CHECK(logits[token] > -INFINITY, "a masked token was drawn");
+      counts[token * kGroups / p.size()]++;
+    }
+    for (size_t g = 0; g < kGroups; g++)
+      CHECK(std::fabs(counts[g] - n * expected[g]) <= 6 * std::sqrt(n * expected[g] * (1 - expected[g])),
+            "temperature %g, group %zu: %.0f of %d draws, expected %.0f", double(temperature), g, counts[g], n, n * expected[g]);
+  }
 }
 
 TEST("sample: penalties change the logits of recent tokens") {

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Generator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Literal
-
-import numpy as np
 
 from nomoat import _native
 from nomoat.engine.kv import Sequence
@@ -67,23 +66,35 @@ class Sampling:
         if any(not text for text in self.stop):
             raise InputError("a stop string is empty; it would end every answer at once", code="E_LIMIT")
 
+    @functools.cached_property
+    def native(self) -> _native.Sampling:
+        """What chooses by it."""
+        return _native.Sampling(
+            self.temperature,
+            self.top_k,
+            self.top_p,
+            self.min_p,
+            self.repetition_penalty,
+            self.presence_penalty,
+            self.frequency_penalty,
+            self.seed,
+        )
 
-def choose_token(s: Sampling, logits: Float32, said: SequenceOf[int]) -> int:
-    """The token after an answer's `said`. The draw depends on the seed and its place only, never on what else is in the batch."""
-    return _native.sample(
-        logits,
-        len(logits),
-        s.temperature,
-        s.top_k,
-        s.top_p,
-        s.min_p,
-        s.repetition_penalty,
-        s.presence_penalty,
-        s.frequency_penalty,
-        s.seed,
-        len(said),
-        np.asarray(said, np.int32),
-    )
+
+def choose_tokens(samplings: SequenceOf[Sampling], logits: Float32, said: SequenceOf[SequenceOf[int]]) -> list[int]:
+    """A token for each row of logits [n, vocab]: what follows `said`, an answer so far.
+
+    A draw depends on the seed and its place only, never on what else is in the batch. A logit that is NaN or infinite is chosen
+    before all others, so that looking at that of the token is enough to see one.
+    """
+    options = [sampling.native for sampling in samplings]
+    seen = [own if option.penalizes else () for option, own in zip(options, said, strict=True)]
+    return _native.sample(logits, options, seen, [len(own) for own in said])
+
+
+def choose_token(sampling: Sampling, logits: Float32, said: SequenceOf[int]) -> int:
+    """The same for one row, logits [vocab]."""
+    return choose_tokens([sampling], logits[None], [said])[0]
 
 
 @dataclass(frozen=True)
@@ -130,7 +141,8 @@ class _Answer:
 
     def pending(self) -> list[int]:
         """Tokens that the model has not seen yet."""
-        return (self.prompt + self.tokens)[len(self.sequence.tokens) :]
+        said = len(self.sequence.tokens) - len(self.prompt)
+        return self.tokens[said:] if said >= 0 else self.prompt[said:] + self.tokens
 
     def guess(self, rows: int, *, alone: bool) -> list[int]:
         """At most `rows` tokens that may follow, none that could not be part of the answer.
@@ -152,25 +164,23 @@ class _Answer:
             guessed = self.draft.guess(self.prompt, self.tokens, rows, choose)
         return guessed
 
-    def take_all(self, logits: Float32, guessed: list[int]) -> None:
-        """Takes a token from each row of logits for as long as the row before it had the right input."""
-        for right, row in enumerate(logits):
-            self.take(row)
-            if self.finish is not None or right == len(guessed) or self.tokens[-1] != guessed[right]:
+    def take_all(self, tokens: list[int], logits: Float32, guessed: list[int]) -> None:
+        """Takes the token chosen from each row of logits for as long as the row before it had the right input."""
+        for right, token in enumerate(tokens):
+            if not math.isfinite(logits[right, token]):
+                raise NonFiniteError("the model's logits are NaN or infinite")
+            self.take(token)
+            if self.finish is not None or right == len(guessed) or token != guessed[right]:
                 break
         if self.lookup is not None:
             self.lookup.extend(self.tokens[-right - 1 :])
         if self.draft is not None and self.drafted and guessed:
             self.draft.judged(len(guessed), right)
 
-    def take(self, logits: Float32) -> None:
-        """Chooses the next token from a row of logits and decides whether the answer ends."""
-        s = self.sampling
-        token = choose_token(s, logits, self.tokens)
-        if not np.isfinite(logits[token]):
-            raise NonFiniteError("the model's logits are NaN or infinite")
+    def take(self, token: int) -> None:
+        """Takes the next token and decides whether the answer ends."""
         self.tokens.append(token)
-        if token in self.model.tokenizer.eos_ids or token in s.stop_tokens:
+        if token in self.model.tokenizer.eos_ids or token in self.sampling.stop_tokens:
             self.finish = "stop"
         else:
             self._extend(self.decoder.push(token))
@@ -280,10 +290,14 @@ def _step(model: Model, active: list[_Answer]) -> None:
     if not ready:
         return
     logits = model.head(x, rows)
+    # The guesses are right, or what is chosen behind them is not used.
+    inputs = [(answer, answer.tokens + guessed[:i]) for answer, guessed in ready for i in range(len(guessed) + 1)]
+    tokens = choose_tokens([answer.sampling for answer, _ in inputs], logits, [said for _, said in inputs])
     begin = 0
     for answer, guessed in ready:
-        answer.take_all(logits[begin : begin + len(guessed) + 1], guessed)
-        begin += len(guessed) + 1
+        end = begin + len(guessed) + 1
+        answer.take_all(tokens[begin:end], logits[begin:end], guessed)
+        begin = end
         model.pool().cut(answer.sequence, min(len(answer.sequence.tokens), len(answer.prompt) + len(answer.tokens) - 1))
 
 
