@@ -43,7 +43,7 @@ def adapters(rank: int, count: int) -> dict[str, Any]:
 def answers(prompts: list[list[int]], adapters: list[int], count: int) -> dict[str, Any]:
     """Seconds until `count` tokens have been generated for every prompt, greedily, in one batch; adapter -1 is none."""
     model: Model = state["model"]
-    greedy = Sampling()
+    greedy = Sampling().native()
     stacks = [state["stacks"][i] if i >= 0 else None for i in adapters]
     sequences = [Sequence() for _ in prompts]
     said: list[list[int]] = [[] for _ in prompts]

@@ -66,9 +66,8 @@ class Sampling:
         if any(not text for text in self.stop):
             raise InputError("a stop string is empty; it would end every answer at once", code="E_LIMIT")
 
-    @functools.cached_property
     def native(self) -> _native.Sampling:
-        """What chooses by it."""
+        """The same as the engine takes it."""
         return _native.Sampling(
             self.temperature,
             self.top_k,
@@ -81,20 +80,19 @@ class Sampling:
         )
 
 
-def choose_tokens(samplings: SequenceOf[Sampling], logits: Float32, said: SequenceOf[SequenceOf[int]]) -> list[int]:
+def choose_tokens(options: SequenceOf[_native.Sampling], logits: Float32, said: SequenceOf[SequenceOf[int]]) -> list[int]:
     """A token for each row of logits [n, vocab]: what follows `said`, an answer so far.
 
     A draw depends on the seed and its place only, never on what else is in the batch. A logit that is NaN or infinite is chosen
     before all others, so that looking at that of the token is enough to see one.
     """
-    options = [sampling.native for sampling in samplings]
     seen = [own if option.penalizes else () for option, own in zip(options, said, strict=True)]
     return _native.sample(logits, options, seen, [len(own) for own in said])
 
 
-def choose_token(sampling: Sampling, logits: Float32, said: SequenceOf[int]) -> int:
+def choose_token(options: _native.Sampling, logits: Float32, said: SequenceOf[int]) -> int:
     """The same for one row, logits [vocab]."""
-    return choose_tokens([sampling], logits[None], [said])[0]
+    return choose_tokens([options], logits[None], [said])[0]
 
 
 @dataclass(frozen=True)
@@ -133,6 +131,7 @@ class _Answer:
                 code="E_LIMIT",
             )
         self.limit = min(self.sampling.max_tokens, room)
+        self.options = self.sampling.native()
         self.decoder = StreamDecoder(self.model.tokenizer, continues=self.sampling.continues)
         self.lookup: PromptLookup | None = None  # made when there is room for a first guess
         if not self.sampling.speculate:
@@ -160,7 +159,7 @@ class _Answer:
         guessed = self.lookup.guess(rows, 1 if cheap else MATCH)
         if not guessed and self.draft is not None:  # what repeats costs nothing to guess, a model costs its steps
             self.drafted = True
-            choose = functools.partial(choose_token, self.sampling)
+            choose = functools.partial(choose_token, self.options)
             guessed = self.draft.guess(self.prompt, self.tokens, rows, choose)
         return guessed
 
@@ -292,7 +291,7 @@ def _step(model: Model, active: list[_Answer]) -> None:
     logits = model.head(x, rows)
     # The guesses are right, or what is chosen behind them is not used.
     inputs = [(answer, answer.tokens + guessed[:i]) for answer, guessed in ready for i in range(len(guessed) + 1)]
-    tokens = choose_tokens([answer.sampling for answer, _ in inputs], logits, [said for _, said in inputs])
+    tokens = choose_tokens([answer.options for answer, _ in inputs], logits, [said for _, said in inputs])
     begin = 0
     for answer, guessed in ready:
         end = begin + len(guessed) + 1
