@@ -100,8 +100,7 @@ def test_rows_do_not_depend_on_chunks_and_neighbours(name: str, type: str, preci
         for which, count in enumerate(counts):
             begin = len(sequences[which].tokens)
             segments += [(sequences[which], texts[which][begin : begin + count], stacks[which])] if count else []
-        x = model.forward(segments, precision=precision)
-        logits = np.split(model.head(x, range(len(x)), precision=precision), [counts[0]])
+        logits = np.split(model.step(segments, range(sum(counts)), precision=precision), [counts[0]])
         for which in (0, 1):
             found[which].append(logits[which])
     for which in (0, 1):

@@ -131,10 +131,10 @@ def test_threads_that_share_a_long_row_do_not_change_it(tmp_path: Path, kv_type:
     alone = Model.load(path, threads=1, kv_type=kv_type).logits(tokens)
     model = Model.load(path, threads=2, kv_type=kv_type)
     sequence = Sequence()
-    model.forward([(sequence, tokens[:1050], None)])
+    model.step([(sequence, tokens[:1050], None)], [])
     for first, last in ((1050, 1051), (1051, 1053), (1053, 1070), (1070, 1100)):
-        x = model.forward([(sequence, tokens[first:last], None)])
-        np.testing.assert_array_equal(model.head(x, range(last - first)), alone[first:last])
+        logits = model.step([(sequence, tokens[first:last], None)], range(last - first))
+        np.testing.assert_array_equal(logits, alone[first:last])
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -152,8 +152,7 @@ def test_prefill_chunks_and_neighbours_do_not_change_a_row(model: Model, precisi
         for sequence, count, which in step:
             begin = len(sequence.tokens)
             segments.append((sequence, texts[which][begin : begin + count], stacks[which]))
-        x = model.forward(segments, precision=precision)
-        logits = model.head(x, range(len(x)), precision=precision)
+        logits = model.step(segments, range(sum(count for _, count, _ in step)), precision=precision)
         row = 0
         for _, count, which in step:
             found[which].append(logits[row : row + count])
@@ -169,15 +168,13 @@ def test_a_row_does_not_depend_on_which_others_are_read(model: Model, precision:
     stacks = stacks_of(model)
     segments = [(TOKENS[:9], stacks[0]), (TOKENS[2:3], stacks[1]), (TOKENS[4:20], stacks[2])]
     found = []
-    for read in (None, [0, 8, 9, 25]):
+    for read in (range(26), [0, 8, 9, 25]):
         sequences = [Sequence() for _ in segments]
-        x = model.forward(
-            [(sequence, *segment) for sequence, segment in zip(sequences, segments, strict=True)], precision=precision, read=read
-        )
-        found.append(model.head(x, [0, 8, 9, 25], precision=precision))
+        given = [(sequence, *segment) for sequence, segment in zip(sequences, segments, strict=True)]
+        found.append(model.step(given, read, precision=precision))
         for sequence in sequences:
             model.pool(precision).cut(sequence, 0)
-    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0][[0, 8, 9, 25]], found[1])
 
 
 @pytest.mark.parametrize("precision", ["f32", "bf16"])

@@ -48,7 +48,7 @@ def chunked(model: Model, size: int) -> np.ndarray[Any, Any]:
     sequence, parts = Sequence(), []
     for at in range(0, len(TOKENS), size):
         part = TOKENS[at : at + size]
-        parts.append(model.head(model.forward([(sequence, part, None)]), range(len(part))))
+        parts.append(model.step([(sequence, part, None)], range(len(part))))
     model.pool().cut(sequence, 0)
     return np.concatenate(parts)
 

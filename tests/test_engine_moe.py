@@ -229,8 +229,8 @@ def test_a_row_does_not_depend_on_chunks_neighbours_or_threads(built: Built, pre
             np.testing.assert_array_equal(found, whole[:length], f"{length} rows, {count} threads")
     one, other, rows = Sequence(), Sequence(), []
     for begin, end in itertools.pairwise((0, 1, 2, 9, 26, 27, 40)):  # steps of one row and of many, beside another sequence
-        x = model.forward([(other, TOKENS[:3], None), (one, TOKENS[begin:end], stack)], precision=precision)
-        rows.append(model.head(x, range(3, len(x)), precision=precision))
+        segments = [(other, TOKENS[:3], None), (one, TOKENS[begin:end], stack)]
+        rows.append(model.step(segments, range(3, 3 + end - begin), precision=precision))
     np.testing.assert_array_equal(np.concatenate(rows), whole)
 
 
@@ -309,8 +309,8 @@ def test_logits_with_adapters_on_experts(type: str, precision: str) -> None:
         Stack(spec, [(adapter_of(some), 1.0), (adapter_of(other), -0.5)]),
         None,
     ]
-    x = model.forward([(Sequence(), tokens, stack) for stack in stacks], precision=precision)
-    found = model.head(x, range(len(x)), precision=precision).reshape(3, len(tokens), -1)
+    segments = [(Sequence(), tokens, stack) for stack in stacks]
+    found = model.step(segments, range(3 * len(tokens)), precision=precision).reshape(3, len(tokens), -1)
     for stack, lora, logits in zip(stacks, loras, found, strict=True):
         assert relative_error(logits, oracle.logits(tokens, lora=lora)) < LOGIT_ERROR[precision]
         np.testing.assert_array_equal(logits, model.logits(tokens, stack=stack, precision=precision))

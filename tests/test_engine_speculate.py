@@ -16,7 +16,7 @@ from tiny import tiny_llama
 pytest.importorskip("nomoat._native")
 
 from nomoat.engine.generate import Sampling, Session, generate, stream
-from nomoat.engine.model import Model
+from nomoat.engine.model import Model, Segments
 from nomoat.engine.stack import Stack
 from nomoat.errors import ModelError
 
@@ -51,13 +51,13 @@ def test_answers_are_those_without_guesses(model: Model, name: str, max_batch: i
 def test_repetition_takes_fewer_steps(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """A greedy tiny model falls into a loop, which is then guessed."""
     steps: list[int] = []
-    forward = Model.forward
+    step = Model.step
 
-    def counted(self: Model, segments: list[tuple[object, list[int], object]], **others: object) -> object:
+    def counted(self: Model, segments: Segments, rows: list[int]) -> object:
         steps.append(sum(len(tokens) for _, tokens, _ in segments))
-        return forward(self, segments, **others)  # type: ignore[arg-type]
+        return step(self, segments, rows)
 
-    monkeypatch.setattr(Model, "forward", counted)
+    monkeypatch.setattr(Model, "step", counted)
     sampling = Sampling(max_tokens=200)
     counts = {}
     for speculate in (False, True):
@@ -166,14 +166,14 @@ def test_what_a_draft_model_guesses_right_takes_fewer_steps(model: Model, monkey
     """The same weights as a draft draw the same tokens: every guess is kept, sampled ones too."""
     twin = Model.load(model.path, threads=2)
     steps: list[int] = []
-    forward = Model.forward
+    step = Model.step
 
-    def counted(self: Model, segments: list[tuple[object, list[int], object]], **others: object) -> object:
+    def counted(self: Model, segments: Segments, rows: list[int]) -> object:
         if self is model:
             steps.append(len(segments[0][1]))
-        return forward(self, segments, **others)  # type: ignore[arg-type]
+        return step(self, segments, rows)
 
-    monkeypatch.setattr(Model, "forward", counted)
+    monkeypatch.setattr(Model, "step", counted)
     monkeypatch.setattr(PromptLookup, "guess", lambda self, limit, least=1: [])
     prompt = PROMPTS[1]
     answer = generate(model, [prompt], SAMPLINGS[name], draft=twin)[0]

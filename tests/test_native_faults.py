@@ -167,6 +167,16 @@ def batch(
     return _native.Batch(counts, positions, pages, [], prefix, read)
 
 
+def forward(precision: str = "int8", tokens: Sequence[int] = (1, 2, 3), x: Any = None, logits: Any = None) -> None:
+    made = engine()
+    made.forward(precision, tokens, batch(), _native.KvCache(made), x, logits)
+
+
+def record(layer: int, rows: int = 3) -> None:
+    made = engine()
+    made.record_layer(layer, floats(rows, 32), batch(), _native.Tape(made, "f32"))
+
+
 def floats(*shape: int) -> np.ndarray:
     return np.zeros(shape, np.float32)
 
@@ -222,15 +232,21 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
     (lambda: engine().embed([0, 40], floats(2, 32)), "token 40"),
     (lambda: engine().embed([-1], floats(1, 32)), "token -1"),
     (lambda: engine().embed([0], floats(1, 31)), "x must be"),
-    (lambda: engine().forward_layer(0, "int8", floats(2, 32), batch(), _native.KvCache(engine())), "x must be"),
-    (lambda: engine().forward_layer(1, "int8", floats(3, 32), batch(), _native.KvCache(engine())), "layer 1"),
-    (lambda: engine().forward_layer(0, "int4", floats(3, 32), batch(), _native.KvCache(engine())), "int4"),
-    (lambda: engine().forward_layer(0, "int8", floats(3, 32), batch(), _native.KvCache(engine())), "weight 0 has not been set"),
+    (lambda: forward(tokens=[1, 2]), "2 tokens for 3 rows"),
+    (lambda: forward(), "either x or logits"),
+    (lambda: forward(x=floats(3, 32), logits=floats(3, 64)), "either x or logits"),
+    (lambda: forward("int4", x=floats(3, 32)), "int4"),
+    (lambda: forward(x=floats(2, 32)), "x must be"),
+    (lambda: forward(logits=floats(3, 40)), "logits must be"),
+    (lambda: forward(tokens=[1, 2, 40], x=floats(3, 32)), "token 40"),
+    (lambda: forward(x=floats(3, 32)), "embedding has not been set"),
+    (lambda: record(0), "weight 0 has not been set"),
+    (lambda: record(1), "layer 1 of 1"),
+    (lambda: record(0, rows=2), "x must be"),
     (lambda: engine().embed([0], floats(1, 32)), "embedding has not been set"),
     (lambda: _native.Tape(engine(), "int8"), "bf16 or f32"),
-    (lambda: engine().logits("f32", floats(2, 32), [2], floats(1, 64)), "row 2"),
-    (lambda: engine().logits("f32", floats(2, 32), [1], floats(1, 40)), "logits must be"),
-    (lambda: engine().logits("f32", floats(2, 32), [1], floats(1, 64)), "head or its norm has not been set"),
+    (lambda: engine().logprobs("f32", floats(2, 32), ids(2), ids(1), floats(1)), "row 2"),
+    (lambda: engine().logprobs("f32", floats(2, 32), ids(1), ids(1), floats(1)), "head or its norm has not been set"),
     (lambda: engine().logprobs("f32", floats(2, 32), ids(0), ids(40), floats(1)), "target 40"),
     (lambda: engine().logprobs("f32", floats(2, 32), ids(0), ids(1), floats(2)), "agree in length"),
     (lambda: engine().logprobs("f32", floats(2, 32), ids(0), ids(1), floats(1), floats(1)), "come together"),

@@ -52,13 +52,13 @@ def answers(prompts: list[list[int]], adapters: list[int], count: int) -> dict[s
     for first in range(0, len(prompts), each):
         group = range(first, min(first + each, len(prompts)))
         ends = [end - 1 for end in itertools.accumulate(len(prompts[i]) for i in group)]
-        x = model.forward([(sequences[i], prompts[i], stacks[i]) for i in group], read=ends)
-        chosen = choose_tokens([greedy] * len(group), model.head(x, ends), [said[i] for i in group])
+        logits = model.step([(sequences[i], prompts[i], stacks[i]) for i in group], ends)
+        chosen = choose_tokens([greedy] * len(group), logits, [said[i] for i in group])
         for i, token in zip(group, chosen, strict=True):
             said[i].append(token)
     for _ in range(count - 1):
-        x = model.forward([(sequences[i], said[i][-1:], stacks[i]) for i in range(len(prompts))])
-        chosen = choose_tokens([greedy] * len(prompts), model.head(x, range(len(prompts))), said)
+        logits = model.step([(sequences[i], said[i][-1:], stacks[i]) for i in range(len(prompts))], range(len(prompts)))
+        chosen = choose_tokens([greedy] * len(prompts), logits, said)
         for own, token in zip(said, chosen, strict=True):
             own.append(token)
     seconds = time.perf_counter() - began

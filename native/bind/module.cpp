@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <memory>
 #include <optional>
@@ -51,6 +52,8 @@ struct PyBatch {
       require((i ? (*read)[i - 1] : -1) < (*read)[i] && (*read)[i] < batch.rows, "rows that are read must ascend, below ",
               batch.rows);
   }
+  int read() const { return batch.read ? int(batch.read->size()) : batch.rows; }
+
   Batch batch;
   int highest_page = -1;
 };
@@ -72,6 +75,10 @@ struct PyEngine : Engine {
     require((!own.experts || own.router.data) && (!own.shared || own.shared_router), "layer ", layer,
             ": the router has not been set");
     require(!own.q_norm == !own.k_norm, "layer ", layer, ": norms of q and k come together");
+  }
+  void check_tokens(const std::vector<int32_t>& tokens) const {
+    check_ids(tokens, dims.vocab, "token");
+    require(embed.data, "the embedding has not been set");
   }
   void check_head() const { require(head.data && final_norm, "the head or its norm has not been set"); }
 };
@@ -202,15 +209,47 @@ void run_layer(PyEngine& e, int layer, Mode mode, float* x, const Batch& batch, 
   feed_forward(e, layer, mode, x, batch, tape);
 }
 
-void forward_layer(PyEngine& e, int layer, const std::string& precision, const Floats& x, const PyBatch& b, KvCache& cache) {
-  e.check_layer(layer);
-  e.check_rows(nb::ndarray<>(x), b.batch.rows, e.dims.width, "x");
+// Looks for Ctrl-C ten times a second while no thread of Python has to wait for the engine.
+class Interrupts {
+ public:
+  void check() {
+    if (Clock::now() < next_) return;
+    nb::gil_scoped_acquire acquire;
+    if (PyErr_CheckSignals()) throw nb::python_error();
+    next_ = Clock::now() + kEvery;
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  static constexpr std::chrono::milliseconds kEvery{100};
+  Clock::time_point next_ = Clock::now() + kEvery;
+};
+
+// x = the tokens after all layers, or, without x, logits of the rows that the batch reads. One call: between two, what Python
+// runs has to come from memory again.
+void forward(PyEngine& e, const std::string& precision, const std::vector<int32_t>& tokens, const PyBatch& b, KvCache& cache,
+             const std::optional<Floats>& x, const std::optional<Floats>& logits) {
+  require(int(tokens.size()) == b.batch.rows, tokens.size(), " tokens for ", b.batch.rows, " rows");
+  require(bool(x) != bool(logits), "either x or logits");
   const Mode mode = mode_of(precision);
-  e.check_complete(layer);
-  require(cache.holds(layer, e.layers[size_t(layer)].kv_heads), "the cache was made for an engine with other layers");
+  if (x) e.check_rows(nb::ndarray<>(*x), b.batch.rows, e.dims.width, "x");
+  if (logits) e.check_rows(nb::ndarray<>(*logits), b.read(), e.dims.vocab, "logits");
+  e.check_tokens(tokens);
+  if (logits) e.check_head();
+  for (int layer = 0; layer < e.dims.layers; layer++) {
+    e.check_complete(layer);
+    require(cache.holds(layer, e.layers[size_t(layer)].kv_heads), "the cache was made for an engine with other layers");
+  }
   nb::gil_scoped_release release;
+  Interrupts interrupts;
   cache.reserve(b.highest_page + 1);
-  run_layer(e, layer, mode, x.data(), b.batch, cache, layer, nullptr);
+  float* rows = x ? x->data() : e.hidden.get<float>(tokens.size() * size_t(padded(e.dims.width)));
+  embed_rows(e, tokens.data(), int(tokens.size()), rows);
+  for (int layer = 0; layer < e.dims.layers; layer++) {
+    run_layer(e, layer, mode, rows, b.batch, cache, layer, nullptr);
+    interrupts.check();
+  }
+  if (logits) head_logits(e, mode, rows, b.batch.read ? b.batch.read->data() : nullptr, b.read(), logits->data());
 }
 
 void record_layer(PyEngine& e, int layer, const Floats& x, const PyBatch& b, PyTape& tape) {
@@ -295,30 +334,16 @@ void bind_engine(nb::module_& m) {
           "embed",
           [](PyEngine& e, const std::vector<int32_t>& tokens, const Floats& x) {
             e.check_rows(nb::ndarray<>(x), int(tokens.size()), e.dims.width, "x");
-            check_ids(tokens, e.dims.vocab, "token");
-            require(e.embed.data, "the embedding has not been set");
+            e.check_tokens(tokens);
             nb::gil_scoped_release release;
             embed_rows(e, tokens.data(), int(tokens.size()), x.data());
           },
           nb::arg("tokens"), array("x"))
-      .def("forward_layer", &forward_layer, nb::arg("layer"), nb::arg("precision"), array("x"), nb::arg("batch"),
-           nb::arg("cache"))
+      .def("forward", &forward, nb::arg("precision"), nb::arg("tokens"), nb::arg("batch"), nb::arg("cache"),
+           array("x").none() = nb::none(), array("logits").none() = nb::none())
       .def("record_layer", &record_layer, nb::arg("layer"), array("x"), nb::arg("batch"), nb::arg("tape"))
       .def("backward_layer", &backward_layer, nb::arg("layer"), array("dx"), nb::arg("batch"), nb::arg("tape"),
            nb::arg("need_dx"))
-      .def(
-          "logits",
-          [](PyEngine& e, const std::string& precision, const ConstFloats& x, const std::vector<int32_t>& rows,
-             const Floats& logits) {
-            require(x.ndim() == 2 && int(x.shape(1)) == padded(e.dims.width), "x must be [rows, width padded to 32]");
-            check_ids(rows, int(x.shape(0)), "row");
-            e.check_rows(nb::ndarray<>(logits), int(rows.size()), e.dims.vocab, "logits");
-            e.check_head();
-            const Mode mode = mode_of(precision);
-            nb::gil_scoped_release release;
-            head_logits(e, mode, x.data(), rows.data(), int(rows.size()), logits.data());
-          },
-          nb::arg("precision"), array("x"), nb::arg("rows"), array("logits"))
       .def(
           "logprobs",
           [](PyEngine& e, const std::string& precision, const ConstFloats& x, const ConstInts& rows, const ConstInts& targets,

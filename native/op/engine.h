@@ -183,7 +183,7 @@ struct Engine {
   // scratch, grown on demand; names say who uses them
   Buffer normed, normed_low, blocks, q8, q, k, v, attn_q, attn_k, attn_v, scores, mixed, mixed_flat, gate, up, act, act_low, du,
       logits, lse, dy_low, dx, dgate, dup, dmixed, dq, dk, dv, head_x, head_dx, x_wide, shared, turned_q, turned_k, branch,
-      d_branch, routing, chosen, few, pair_x, pair_dy, pair_low, pair_q, pair_blocks, pair_out, d_routing, shared_weight;
+      d_branch, hidden, routing, chosen, few, pair_x, pair_dy, pair_low, pair_q, pair_blocks, pair_out, d_routing, shared_weight;
   std::array<Buffer, kTargets> target_u;
   std::vector<Buffer> thread_scratch = std::vector<Buffer>(256);
 };
@@ -360,7 +360,7 @@ void moe_forward(Engine&, int layer, Mode, float* x, const Batch&, LayerTape*);
 void moe_backward(Engine&, int layer, Mode, float* dx, const Batch&, const LayerTape&);
 
 void embed_rows(Engine&, const int32_t* tokens, int rows, float* x);
-// logits[i, :] = head(norm(x[rows[i]])), float32 [count][vocab padded to 32]
+// logits[i, :] = head(norm(x[rows[i]])), or of x[i] where rows is null, float32 [count][vocab padded to 32]
 void head_logits(Engine&, Mode, const float* x, const int32_t* rows, int count, float* logits);
 // logp[i] = log p(targets[i] | x[rows[i]]); when d_logp is given, dx[rows[i]] += d_logp[i] * d logp[i] / dx.
 void head_logprobs(Engine&, Mode, const float* x, const int32_t* rows, const int32_t* targets, int count, float* logp,

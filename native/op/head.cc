@@ -20,12 +20,14 @@ int chunk_rows(const Engine& engine, int stride) {
   return int(std::clamp<size_t>(weights * 2 / 5 / (size_t(stride) * sizeof(float)), 192, 1024));
 }
 
+// norm(x[rows[i]]), or norm(x[i]) where rows is null.
 const float* gather_normed(Engine& engine, const float* x, const int32_t* rows, int count) {
   const int width = padded(engine.dims.width);
   float* h = engine.head_x.get<float>(size_t(count) * width);
   for_rows(count, 4, [&](int first, int last) {
     for (int i = first; i < last; i++)
-      norm_row(engine.dims, x + size_t(rows[i]) * width, engine.final_norm, engine.final_norm_bias, h + size_t(i) * width);
+      norm_row(engine.dims, x + size_t(rows ? rows[i] : i) * width, engine.final_norm, engine.final_norm_bias,
+               h + size_t(i) * width);
   });
   return h;
 }
@@ -83,7 +85,7 @@ void logits_backward(Engine& engine, bool low, float* logits, int stride, const 
 }  // namespace
 
 void head_logits(Engine& engine, Mode mode, const float* x, const int32_t* rows, int count, float* logits) {
-  project(engine, mode, gather_normed(engine, x, rows, count), count, logits, padded(engine.dims.vocab));
+  if (count) project(engine, mode, gather_normed(engine, x, rows, count), count, logits, padded(engine.dims.vocab));
 }
 
 void head_logprobs(Engine& engine, Mode mode, const float* x, const int32_t* rows, const int32_t* targets, int count, float* logp,

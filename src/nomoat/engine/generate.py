@@ -285,10 +285,7 @@ def _step(model: Model, active: list[_Answer]) -> None:
         if len(answer.sequence.tokens) + len(tokens) == len(answer.prompt) + len(answer.tokens):
             rows += range(end - len(guessed) - 1, end)
             ready.append((answer, guessed))
-    x = model.forward([(answer.sequence, tokens + guessed, answer.stack) for answer, tokens, guessed in segments], read=rows)
-    if not ready:
-        return
-    logits = model.head(x, rows)
+    logits = model.step([(answer.sequence, tokens + guessed, answer.stack) for answer, tokens, guessed in segments], rows)
     # The guesses are right, or what is chosen behind them is not used.
     inputs = [(answer, answer.tokens + guessed[:i]) for answer, guessed in ready for i in range(len(guessed) + 1)]
     tokens = choose_tokens([answer.options for answer, _ in inputs], logits, [said for _, said in inputs])

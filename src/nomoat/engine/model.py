@@ -32,6 +32,8 @@ from nomoat.text.tokenizer import Tokenizer
 
 Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
+#: Sequences, their next tokens, and the adapters that apply to these.
+Segments = Sequence[tuple[kv.Sequence, Sequence[int], Stack | None]]
 
 #: Rows of one step when nothing is recorded: enough for the int8 kernels' full speed, small enough to stay in cache.
 FORWARD_ROWS = 256
@@ -136,19 +138,20 @@ class Model:
             self._pools[precision] = KvPool(self._engine, type)
         return self._pools[precision]
 
-    def forward(
-        self,
-        segments: Sequence[tuple[kv.Sequence, Sequence[int], Stack | None]],
-        *,
-        precision: str = "int8",
-        read: Sequence[int] | None = None,
-    ) -> Float32:
-        """Runs new tokens of several sequences, appends them to the cache, returns hidden rows [M, width padded to 32].
+    def step(self, segments: Segments, rows: Sequence[int], *, precision: str = "int8") -> Float32:
+        """Runs new tokens of several sequences, appends them to the cache, returns logits [len(rows), vocab] of some rows.
 
-        `segments` are (sequence, its next tokens, adapters). `read` are the rows that the caller looks at, ascending (all by
-        default): the others are left as they were half a layer before the end. Raises InputError for a token id out of range
-        or a context that is too long; then nothing has changed.
+        `segments` are (sequence, its next tokens, adapters), their tokens the rows, `rows` ascending. Raises InputError for a
+        token id out of range or a context that is too long; then nothing has changed.
         """
+        logits = np.empty((len(rows), _padded(self.spec.vocab)), np.float32)
+        self._forward(segments, precision, rows, None, logits)
+        return logits if logits.shape[1] == self.spec.vocab else logits[:, : self.spec.vocab]
+
+    def _forward(
+        self, segments: Segments, precision: str, read: Sequence[int], x: Float32 | None, logits: Float32 | None = None
+    ) -> None:
+        """Fills x [M, width padded to 32], right in the rows that are read, or logits [len(read), vocab padded to 32]."""
         pool = self.pool(precision)
         for sequence, tokens, _ in segments:
             if len(sequence.tokens) + len(tokens) > self.spec.context:
@@ -168,29 +171,20 @@ class Model:
             [sequence.pages for sequence, _, _ in segments],
             # None is the base model, which the generated stub of a C++ vector of pointers cannot say
             cast(list[_native.LoraSet], loras),
-            read=read,
+            read=None if len(read) == len(flat) else read,
         )
-        x = self._embed(flat)
-        for layer in range(self.spec.layers):
-            self._engine.forward_layer(layer, precision, x, batch, pool.native)
+        self._engine.forward(precision, flat, batch, pool.native, x, logits)
         for sequence, tokens, _ in segments:
             sequence.tokens += [int(token) for token in tokens]
-        return x
-
-    def head(self, x: Float32, rows: Sequence[int], *, precision: str = "int8") -> Float32:
-        """Logits [len(rows), vocab] of hidden rows; a view of [len(rows), vocab padded to 32]."""
-        logits = np.empty((len(rows), _padded(self.spec.vocab)), np.float32)
-        self._engine.logits(precision, x, rows, logits)
-        return logits[:, : self.spec.vocab]
 
     def next_logits(self, sequence: kv.Sequence, tokens: Sequence[int], stack: Stack | None = None) -> Float32:
-        """Runs the next tokens of a sequence, however many; logits [vocab] of what follows them. Raises as `forward`."""
+        """Runs the next tokens of a sequence, however many; logits [vocab] of what follows them. Raises as `step`."""
         for begin in range(0, len(tokens), FORWARD_ROWS):
             part = tokens[begin : begin + FORWARD_ROWS]
             last = [len(part) - 1] if begin + len(part) == len(tokens) else []
-            x = self.forward([(sequence, part, stack)], read=last)
-        logits: Float32 = self.head(x, last)[0]
-        return logits
+            logits = self.step([(sequence, part, stack)], last)
+        found: Float32 = logits[0]
+        return found
 
     def logits(self, tokens: Sequence[int], *, stack: Stack | None = None, precision: str = "int8") -> Float32:
         """Logits [T, vocab] of one sequence."""
@@ -199,8 +193,7 @@ class Model:
         try:
             for begin in range(0, len(tokens), FORWARD_ROWS):
                 part = tokens[begin : begin + FORWARD_ROWS]
-                x = self.forward([(sequence, part, stack)], precision=precision)
-                parts.append(self.head(x, range(len(part)), precision=precision))
+                parts.append(self.step([(sequence, part, stack)], range(len(part)), precision=precision))
         finally:
             self.pool(precision).cut(sequence, 0)
         return np.concatenate(parts)
@@ -216,8 +209,8 @@ class Model:
                 for at in range(begin, end, FORWARD_ROWS):
                     stop = min(at + FORWARD_ROWS, end)
                     rows = _weighted(pack, at, stop)
-                    segment = (sequence, pack.tokens[at:stop].tolist(), stack)
-                    x = self.forward([segment], precision=precision, read=(rows - at).tolist())
+                    x = np.empty((stop - at, _padded(self.spec.width)), np.float32)
+                    self._forward([(sequence, pack.tokens[at:stop].tolist(), stack)], precision, (rows - at).tolist(), x)
                     logp = np.empty(len(rows), np.float32)
                     if len(rows):
                         self._engine.logprobs(precision, x, rows - at, pack.targets[rows], logp)
@@ -243,7 +236,8 @@ class Model:
         pages = _page_tables(lengths, prefix)
         batch = _native.Batch(lengths, positions, pages, [lora.native] * len(lengths), prefix, rows.tolist())
         tape = self._tape(precision, len(tokens), lora, budget)
-        x = self._embed(tokens.tolist())
+        x = np.empty((len(tokens), _padded(self.spec.width)), np.float32)
+        self._engine.embed(tokens.tolist(), x)
         for layer in range(self.spec.layers):
             self._engine.record_layer(layer, x, batch, tape)
         logp = np.empty(len(rows), np.float32)
@@ -265,13 +259,6 @@ class Model:
             left -= rows * activation_bytes(self.spec, layer, ranks, precision)
             tape.keep(layer, left >= 0)
         return tape
-
-    # ---- plumbing ------------------------------------------------------------------------------------------------------
-
-    def _embed(self, tokens: list[int]) -> Float32:
-        x = np.zeros((len(tokens), _padded(self.spec.width)), np.float32)
-        self._engine.embed(tokens, x)
-        return x
 
 
 def activation_bytes(spec: ModelSpec, layer: int, ranks: int, precision: str = "bf16") -> int:
