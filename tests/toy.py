@@ -101,7 +101,9 @@ class ToyModel:
             y += ((x @ a.T.astype(float)) * scale) @ bt.astype(float)
         return self._logp(y)[np.arange(len(rows)), pack.targets[rows]].astype(np.float32)
 
-    def loss_gradients(self, pack: Pack, lora: ToyLora, d_logp: Float32, *, precision: str = "bf16", budget: int = 0) -> Float32:
+    def loss_gradients(
+        self, pack: Pack, lora: ToyLora, d_logp: Float32, *, precision: str = "bf16", budget: int | None = None
+    ) -> Float32:
         self.calls += 1
         rows = np.flatnonzero(pack.weights)
         targets = pack.targets[rows]

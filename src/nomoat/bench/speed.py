@@ -112,7 +112,7 @@ class TrainStep:
         return loss
 
 
-def dense_packs(tokens: Sequence[int], rows: int, length: int, max_tokens: int = 1024) -> list[Pack]:
+def dense_packs(tokens: Sequence[int], rows: int, length: int, max_tokens: int = 768) -> list[Pack]:
     """`rows` segments of `length` tokens that share no beginning, as many in a pack as `max_tokens` allow."""
     each = max(1, max_tokens // length)
     packs = []

@@ -38,7 +38,7 @@ METRICS = ("exact", "json", "contains", "numeric", "rouge", "loss", "none")  # a
 @click.option("--alpha", type=float, default=32.0, show_default=True, help="Strength: the adapter is multiplied by alpha / rank.")
 @click.option("--targets", help="Comma-separated part of q,k,v,o,gate,up,down,experts. [default: all but experts]")
 @click.option("--context", type=int, help="Longest row in tokens. [default: the model's, at most 2,048]")
-@click.option("--max-tokens", type=int, default=1024, show_default=True, help="Tokens computed at once; decides memory.")
+@click.option("--max-tokens", type=int, default=768, show_default=True, help="Tokens computed at once; decides memory.")
 @click.option("--validation", type=float, default=0.05, show_default=True, help="Part of the rows to hold out; 0 for none.")
 @click.option("--evaluations", type=int, default=4, show_default=True, help="How often the validation loss is measured.")
 @click.option("--seed", type=int, default=0, show_default=True)

@@ -39,8 +39,13 @@ Segments = Sequence[tuple[kv.Sequence, Sequence[int], Stack | None]]
 FORWARD_ROWS = 256
 #: A common beginning is taken apart where it saves at least so many rows.
 MIN_SHARED_ROWS = 16
-#: Activations of a training step that are kept rather than computed again, in bytes.
+#: Activations of a training step that are kept rather than computed again, at least, in bytes: of SmolLM2-135M 768 rows.
 ACTIVATION_BUDGET = 288 << 20
+
+
+def activation_budget(weights: int) -> int:
+    """The same for a model of so many bytes: as many as its weights take, if they are more."""
+    return max(ACTIVATION_BUDGET, weights)
 
 
 class Rows(Protocol):
@@ -222,19 +227,22 @@ class Model:
     # ---- training ------------------------------------------------------------------------------------------------------
 
     def loss_gradients(
-        self, pack: Rows, lora: TrainableLora, d_logp: Float32, *, precision: str = "bf16", budget: int = ACTIVATION_BUDGET
+        self, pack: Rows, lora: TrainableLora, d_logp: Float32, *, precision: str = "bf16", budget: int | None = None
     ) -> Float32:
         """Log-probabilities of the weighted targets; adds sum_i d_logp[i] * d logp[i] / d parameter to `lora.gradients`.
 
         `d_logp` has one value for each row whose weight is not 0. Rows that all segments begin with, as a system prompt, are
-        computed once: attention looks back only, so they are the same rows. Activations beyond `budget` bytes are computed
-        again, with the same bits. Raises NonFiniteError, then the gradients are not to be used.
+        computed once: attention looks back only, so they are the same rows. Activations beyond `budget` bytes (by default those
+        of `activation_budget`) are computed again, with the same bits. Raises NonFiniteError, then the gradients are not to be
+        used.
         """
         tokens, lengths, positions, prefix, kept = _share_prefix(pack)
         weighted = _weighted(pack, 0, len(pack.tokens))
         rows = kept[weighted]
         pages = _page_tables(lengths, prefix)
         batch = _native.Batch(lengths, positions, pages, [lora.native] * len(lengths), prefix, rows.tolist())
+        if budget is None:
+            budget = activation_budget(sum(tensor.data.nbytes for tensor in self.weights.tensors.values()))
         tape = self._tape(precision, len(tokens), lora, budget)
         x = np.empty((len(tokens), _padded(self.spec.width)), np.float32)
         self._engine.embed(tokens.tolist(), x)

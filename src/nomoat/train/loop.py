@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from nomoat.engine.model import ACTIVATION_BUDGET
 from nomoat.engine.stack import Adapter, Float32, Stack
 from nomoat.errors import NonFiniteError, ResourceError
 from nomoat.models.spec import ModelSpec
@@ -41,7 +40,9 @@ class TrainableModel(Protocol):
 
     spec: ModelSpec
 
-    def loss_gradients(self, pack: Pack, lora: Any, d_logp: Float32, *, precision: str = ..., budget: int = ...) -> Float32: ...
+    def loss_gradients(
+        self, pack: Pack, lora: Any, d_logp: Float32, *, precision: str = ..., budget: int | None = ...
+    ) -> Float32: ...
 
     def logprobs(self, pack: Pack, *, stack: Stack | None = ..., precision: str = ...) -> Float32: ...
 
@@ -87,7 +88,7 @@ class Trainer:
         validation: Sequence[Pack] = (),
         base: Stack | None = None,
         checkpoints: Checkpoints | None = None,
-        budget: int = ACTIVATION_BUDGET,
+        budget: int | None = None,
         report: Report | None = None,
         interrupted: Callable[[], bool] = lambda: False,
     ) -> None:

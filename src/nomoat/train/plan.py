@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nomoat.engine.model import ACTIVATION_BUDGET
+from nomoat.engine.model import activation_budget
 from nomoat.errors import InputError, ResourceError, printable
 from nomoat.hub import fit
 from nomoat.hub.fit import Machine
@@ -47,7 +47,7 @@ class TrainOptions:
     beta2: float = 0.999
     eps: float = 1e-8
     seed: int = 0
-    max_tokens: int = 1024
+    max_tokens: int = 768
     context: int | None = None
     validation: float = 0.05
     validation_rows: int = 100
@@ -190,7 +190,7 @@ def make_plan(
     # beside what `fit` counts: the best parameters so far
     least = 4 * trainable + fit.train_bytes(spec, file_bytes, pack_rows, trainable, recompute=True)
     wanted = 4 * trainable + fit.train_bytes(spec, file_bytes, pack_rows, trainable) - least
-    budget = max(0, min(ACTIVATION_BUDGET, int(machine.available * fit.MARGIN) - least))
+    budget = max(0, min(activation_budget(fit.weight_bytes(file_bytes)), int(machine.available * fit.MARGIN) - least))
     recompute = wanted > budget
     share = loss_tokens / max(1, tokens)
     active = fit.adapter_parameters(spec, options.rank, options.targets, active=True)

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from nomoat.engine.model import ACTIVATION_BUDGET
 from nomoat.engine.stack import Stack
 from nomoat.errors import NonFiniteError
 from nomoat.train.loop import Batches, Lora, Report, TrainableModel, Trainer, validation_loss
@@ -43,7 +42,7 @@ def probe(
     batches: Batches,
     validation: Sequence[Pack],
     base: Stack | None = None,
-    budget: int = ACTIVATION_BUDGET,
+    budget: int | None = None,
     report: Report | None = None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> float | None:
