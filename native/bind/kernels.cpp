@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 
 #include "base/profile.h"
@@ -124,7 +125,25 @@ void bind_speed(nb::module_& m) {
 }
 
 void bind_numbers(nb::module_& m) {
-  m.def("sum_squares", [](const ConstFloats& x) { return kernels().sum_squares(x.data(), int64_t(x.size())); }, array("x"));
+  m.def(
+      "sum_squares",  // of each
+      [](const std::vector<ConstFloats>& arrays) {
+        std::vector<double> sums(arrays.size());
+        nb::gil_scoped_release release;
+        parallel_for(int(arrays.size()), [&](int i, int) {
+          sums[size_t(i)] = kernels().sum_squares(arrays[size_t(i)].data(), int64_t(arrays[size_t(i)].size()));
+        });
+        return sums;
+      },
+      array("arrays"));
+  m.def(
+      "clear",
+      [](const std::vector<Floats>& arrays) {
+        nb::gil_scoped_release release;
+        parallel_for(int(arrays.size()),
+                     [&](int i, int) { std::fill_n(arrays[size_t(i)].data(), arrays[size_t(i)].size(), 0.0f); });
+      },
+      array("arrays"));
   m.def(
       "adamw",
       [](const Floats& w, const ConstFloats& g, const Floats& first, const Floats& second, double lr, double beta1, double beta2,
@@ -134,8 +153,14 @@ void bind_numbers(nb::module_& m) {
         const float step_size = float(lr / (1 - std::pow(beta1, double(step)))),
                     root = float(1 / std::sqrt(1 - std::pow(beta2, double(step))));
         nb::gil_scoped_release release;
-        kernels().adamw(w.data(), g.data(), first.data(), second.data(), int64_t(w.size()), float(grad_scale), float(beta1),
-                        float(beta2), step_size, root, float(eps), float(1 - lr * weight_decay));
+        constexpr int64_t grain = 1 << 14;  // parameters a task
+        const int64_t count = int64_t(w.size());
+        parallel_for(int((count + grain - 1) / grain), [&](int task, int) {
+          const int64_t at = task * grain;
+          kernels().adamw(w.data() + at, g.data() + at, first.data() + at, second.data() + at, std::min(grain, count - at),
+                          float(grad_scale), float(beta1), float(beta2), step_size, root, float(eps),
+                          float(1 - lr * weight_decay));
+        });
       },
       array("param"), array("grad"), array("m"), array("v"), nb::arg("lr"), nb::arg("beta1"), nb::arg("beta2"), nb::arg("eps"),
       nb::arg("weight_decay"), nb::arg("step"), nb::arg("grad_scale") = 1.0);

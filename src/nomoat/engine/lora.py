@@ -94,8 +94,7 @@ class TrainableLora:
 
     def zero_grad(self) -> None:
         """Sets all gradients to zero."""
-        for gradient in self.gradients:
-            gradient.fill(0)
+        _native.clear(self.gradients)
 
     def to_adapter(self) -> Adapter:
         """A copy of the trained part as an adapter of its own."""

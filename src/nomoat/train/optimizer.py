@@ -26,7 +26,7 @@ class AdamW:
         """Euclidean norm of all gradients together; NaN or infinity if any of them holds one."""
         from nomoat._native import sum_squares
 
-        total = math.fsum(sum_squares(gradient) for gradient in gradients)
+        total = math.fsum(sum_squares(gradients))
         return math.sqrt(total) if total >= 0 else math.nan
 
     def update(self, gradients: Sequence[Float32], *, rate: float, scale: float) -> None:
