@@ -234,6 +234,8 @@ struct Rows {
   bf16* low;
   int cols, ld;
 
+  // Columns [first, first + count).
+  Rows part(int first, int count) const { return {f32 ? f32 + first : nullptr, low ? low + first : nullptr, count, ld}; }
   // Where row m is computed: `scratch` if it is then converted.
   float* begin(int m, float* scratch) const { return f32 ? f32 + size_t(m) * size_t(ld) : scratch; }
   void end(int m, const float* row) const {
