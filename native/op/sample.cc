@@ -94,9 +94,8 @@ int draw_of_all(const float* logits, int vocab, float highest, float temperature
   const int blocks = vocab / kBlock + 1;
   const std::unique_ptr<float[]> weights(new float[size_t(blocks) * kBlock]);  // not zeroed
   for (int t = 0; t < vocab; t++) weights[size_t(t)] = (logits[t] - highest) / temperature;
-  std::fill(weights.get() + vocab, weights.get() + size_t(blocks) * kBlock, 0.0f);
-  kernels().softmax_f32(weights.get(), 0, 1, round_up(vocab, kLanes), weights.get());
-  std::fill(weights.get() + vocab, weights.get() + round_up(vocab, kLanes), 0.0f);
+  std::fill(weights.get() + vocab, weights.get() + size_t(blocks) * kBlock, -INFINITY);  // next to no weight
+  kernels().softmax_f32(weights.get(), 0, 1, blocks * kBlock, weights.get());
   std::vector<double> sums(static_cast<size_t>(blocks));
   double total = 0;
   for (int b = 0; b < blocks; b++) {
