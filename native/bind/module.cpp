@@ -87,7 +87,7 @@ void init_engine(PyEngine* self, int layers, int width, int head_dim, int vocab,
                  bool gelu, bool gated, int qk_norm, std::optional<float> score_scale, float score_cap, float logit_cap,
                  float logit_scale, float embed_scale, float residual_scale, int experts_used, bool expert_norm) {
   require(layers > 0 && width > 0 && head_dim > 0 && vocab > 0, "dimensions must be positive");
-  require(head_dim % 2 == 0 && head_dim <= 512, "head dimension must be even and at most 512");
+  require(head_dim % 2 == 0 && head_dim <= kMostHeadDim, "head dimension must be even and at most ", kMostHeadDim);
   require(qk_norm >= 0 && qk_norm <= 2, "qk_norm: expected 0, 1 or 2");
   require(score_cap >= 0 && logit_cap >= 0, "caps must not be negative");
   const float scale = score_scale.value_or(1.0f / std::sqrt(float(head_dim)));

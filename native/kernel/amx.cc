@@ -353,7 +353,7 @@ constexpr Kernels make_tile_kernels() {
   k.outer_bf16 = outer_bf16_tiles;
   k.write_sums = write_sums_past;
   k.attend_bf16 = attend_tiles;
-  k.attend_backward_bf16 = attend_backward_tiles;
+  k.attend_backward_bf16 = attend_backward_low<TileProducts>;
   k.peak = peak_tiles;
   return k;
 }

@@ -2,6 +2,8 @@
 // Attention: softmax(q k^T) v over a paged cache, and its backward over one segment.
 // Every row adds its keys in order of position, so its result does not depend on the rows taken with it.
 
+#include <type_traits>
+
 #include "kernel/load.h"
 #include "kernel/table.h"
 #include "kernel/vexp.h"
@@ -49,7 +51,7 @@ inline void scale_keys(const uint8_t* const* pages, int key, int dim, float* x) 
 
 // scores[r][0..15] = q[r] . keys, R virtual rows. Even and odd dimensions have sums of their own: with four rows that makes
 // eight independent chains, enough to hide the latency of a fused multiply-add.
-template <class V, class T, int R>
+template <class V, int R, class T>
 inline void score_block(const float* const* q, const T* block, int dim, float* const* scores) {
   for (int lane = 0; lane < 16; lane += V::W) {
     typename V::F even_sum[R], odd_sum[R];
@@ -63,6 +65,23 @@ inline void score_block(const float* const* q, const T* block, int dim, float* c
       }
     }
     for (int r = 0; r < R; r++) V::store(scores[r] + lane, V::add(even_sum[r], odd_sum[r]));
+  }
+}
+
+// The same of queries in bf16.
+template <class V, int R>
+inline void score_block(const bf16* const* q, const bf16* block, int dim, float* const* scores) {
+  for (int lane = 0; lane < 16; lane += V::W) {
+    typename V::F sum[R], other_sum[R];
+    for (int r = 0; r < R; r++) sum[r] = other_sum[r] = V::zero();
+    for (int d = 0; d < dim; d += 4) {
+      const typename V::Pairs keys = V::pairs(block + 16 * d + 2 * lane), others = V::pairs(block + 16 * (d + 2) + 2 * lane);
+      for (int r = 0; r < R; r++) {
+        sum[r] = V::dot_bf16(sum[r], keys, q[r] + d);
+        other_sum[r] = V::dot_bf16(other_sum[r], others, q[r] + d + 2);
+      }
+    }
+    for (int r = 0; r < R; r++) V::store(scores[r] + lane, V::add(sum[r], other_sum[r]));
   }
 }
 
@@ -116,11 +135,28 @@ inline void mix_tile(const float* const* p, At at, int first, int last, int d, c
     for (int i = 0; i < D; i++) V::store(out[r] + d + i * V::W, V::mul(acc[r][i], V::set1(factor[r])));
 }
 
+// The same of weights in bf16, two keys at a time from an even one on.
+template <class V, int R, int D, class At>
+inline void mix_tile(const bf16* const* p, At at, int first, int last, int d, const float* factor, float* const* out) {
+  static constexpr bf16 none[D * V::W] = {};  // a slot that no row sees may hold anything
+  typename V::F acc[R][D];
+  for (int r = 0; r < R; r++)
+    for (int i = 0; i < D; i++) acc[r][i] = V::zero();
+  for (int key = first / 2 * 2; key <= last; key += 2) {
+    typename V::Pairs values[D];
+    V::pair_up(key < first ? none : at(key) + d, key < last ? at(key + 1) + d : none, values);
+    for (int r = 0; r < R; r++)
+      for (int i = 0; i < D; i++) acc[r][i] = V::dot_bf16(acc[r][i], values[i], p[r] + key);
+  }
+  for (int r = 0; r < R; r++)
+    for (int i = 0; i < D; i++) V::store(out[r] + d + i * V::W, V::mul(acc[r][i], V::set1(factor[r])));
+}
+
 // Up to 16 accumulators: with three rows of eight lanes, 32 dimensions are a cache line of bf16.
-template <class V, int R, class At>
-inline void mix(const float* const* p, At at, int first, int last, int begin, int end, const float* factor, float* const* out) {
+template <class V, int R, class P, class At>
+inline void mix(const P* const* p, At at, int first, int last, int begin, int end, const float* factor, float* const* out) {
   int d = begin;
-  if constexpr (V::W == 8 && R <= 3)
+  if constexpr (V::W >= 8 && R <= 3)
     for (; d + 4 * V::W <= end; d += 4 * V::W) mix_tile<V, R, 4>(p, at, first, last, d, factor, out);
   for (; d + 2 * V::W <= end; d += 2 * V::W) mix_tile<V, R, 2>(p, at, first, last, d, factor, out);
   for (; d < end; d += V::W) mix_tile<V, R, 1>(p, at, first, last, d, factor, out);
@@ -129,6 +165,10 @@ inline void mix(const float* const* p, At at, int first, int last, int begin, in
 // R virtual rows, the keys that they see, and where their scores are.
 template <class V, class T, int R>
 struct AttendRows {
+  // Levels with dots of bf16 round queries and weights, too, where keys and values are.
+  static constexpr bool low = V::kBf16Dots && std::is_same_v<T, bf16>;
+  using Factor = std::conditional_t<low, bf16, float>;
+
   const AttendArgs& a;
   int virtual_row, first = 1 << 30, last = 0;  // keys that any of the rows sees
   float *scores[R], *inverse;                  // [key]; of the sum of each row's exponentials
@@ -148,14 +188,21 @@ struct AttendRows {
   size_t at(int r) const { return virtual_row_at(virtual_row + r, a.heads, a.q_stride, a.dim); }
 
   void score(int from, int to) const {
-    const float* q[R];
+    const Factor* q[R];
     float* block[R];
-    for (int r = 0; r < R; r++) q[r] = a.q + at(r);
+    [[maybe_unused]] alignas(64) bf16 rounded[low ? R : 1][kMostHeadDim];
+    for (int r = 0; r < R; r++)
+      if constexpr (low) {
+        for (int d = 0; d < a.dim; d += V::W) V::store_bf16(rounded[r] + d, V::load(a.q + at(r) + d));
+        q[r] = rounded[r];
+      } else {
+        q[r] = a.q + at(r);
+      }
     for (int key = from; key < to; key += 16) {
       const T* page = reinterpret_cast<const T*>(a.k[key / kPageTokens]);
       for (int r = 0; r < R; r++) block[r] = scores[r] + key;
       if (virtual_row == 0) fetch_values(a, key, sizeof(T));
-      score_block<V, T, R>(q, page + size_t(key % kPageTokens / 16) * 16 * a.dim, a.dim, block);
+      score_block<V, R>(q, page + size_t(key % kPageTokens / 16) * 16 * a.dim, a.dim, block);
       if constexpr (sizeof(T) == 1)
         for (int r = 0; r < R; r++) scale_keys<V>(a.k, key, a.dim, block[r]);
     }
@@ -173,11 +220,22 @@ struct AttendRows {
     }
   }
 
+  // In place: the weights of a row, in the first half of its memory.
+  void round_weights(int from, int to) const {
+    for (int r = 0; r < R; r++)
+      for (int key = from; key < to; key += V::W)
+        V::store_bf16(reinterpret_cast<bf16*>(scores[r]) + key, V::load(scores[r] + key));
+  }
+
   void sum_values(int from, int to) const {
+    const Factor* weights[R];
     float* out[R];
-    for (int r = 0; r < R; r++) out[r] = a.out + at(r);
+    for (int r = 0; r < R; r++) {
+      weights[r] = reinterpret_cast<const Factor*>(scores[r]);
+      out[r] = a.out + at(r);
+    }
     auto value = [&](int key) { return reinterpret_cast<const T*>(a.v[key / kPageTokens]) + size_t(key % kPageTokens) * a.dim; };
-    mix<V, R>(scores, value, first, last, from, to, inverse, out);
+    mix<V, R>(weights, value, first, last, from, to, inverse, out);
   }
 
   void run() const {
@@ -186,12 +244,15 @@ struct AttendRows {
       case AttendPart::scores:
         return score(a.begin > from ? a.begin : from, a.end < to ? a.end : to);
       case AttendPart::weights:
-        return weigh(from, to);
+        weigh(from, to);
+        if constexpr (low) round_weights(from, to);
+        return;
       case AttendPart::values:
         return sum_values(a.begin, a.end);
       default:
         score(from, to);
         weigh(from, to);
+        if constexpr (low) round_weights(from, to);
         sum_values(0, a.dim);
     }
   }
@@ -264,8 +325,8 @@ inline void weigh_rows(const AttendBackwardArgs& a, const BackwardRows& b, int r
       p[r] = b.p[r0 + r] + key;
       dp[r] = b.ds[r0 + r] + key;
     }
-    score_block<V, float, R>(b.q + r0, k_blocks + size_t(key) * a.dim, a.dim, p);
-    score_block<V, float, R>(b.d_out + r0, v_blocks + size_t(key) * a.dim, a.dim, dp);
+    score_block<V, R>(b.q + r0, k_blocks + size_t(key) * a.dim, a.dim, p);
+    score_block<V, R>(b.d_out + r0, v_blocks + size_t(key) * a.dim, a.dim, dp);
   }
   const int end = b.last / 16 * 16 + 16;
   for (int r = r0; r < r0 + R; r++) {

@@ -1,8 +1,7 @@
 #pragma once
 // Attention by tile registers, the formulas of attend.h: factors in bf16, sums in float32.
 
-#include "kernel/attend.h"
-#include "kernel/rowwise.h"
+#include "kernel/attend_bf16.h"
 #include "kernel/tiles.h"
 #include "quant/all.h"
 
@@ -45,7 +44,7 @@ class AttendTiles {
   const int depth_ = a.dim % 32 ? 16 : 32;  // dimensions that a product of queries and keys takes
   TileShapes shapes_;
   int shaped_ = 0;
-  alignas(64) bf16 left_[kTileRows * 512], values_[kKeys * 64];
+  alignas(64) bf16 left_[kTileRows * kMostHeadDim], values_[kKeys * 64];
   alignas(64) float sums_[kTileRows * 64];
 
   template <class Visit>
@@ -184,203 +183,63 @@ class AttendTiles {
 void attend_tiles(const AttendArgs& args) { AttendTiles(args).run(); }
 
 // ---- backward -----------------------------------------------------------------------------------------------------------------
-// Scores are computed as [keys][rows], lanes being rows: then what the softmax knows of a row are vectors, and no product needs
-// the transpose of another's result.
 
-// A factor of a product of tiles: tile i of its rows (or columns, of the right one), step s of 32 of the contraction, begins at
-// data + i * next + s * step.
-struct Factor {
-  const bf16* data;
-  int row_bytes;
-  size_t next, step;
-};
-
-template <int M, int N>
-inline void multiply_tile(const Factor& a, int m, const Factor& b, int n, int steps, float* c, int ldc, bool add) {
-  const int c_bytes = ldc * int(sizeof(float));
-  const bf16 *left = a.data + size_t(m) * a.next, *right = b.data + size_t(n) * b.next;
-  c += size_t(16) * m * ldc + 16 * n;
-  // tile registers: 0 to 3 sums, 4 and 5 rows, 6 and 7 columns
-  auto each = [&](auto visit) {
-    visit.template operator()<0, 0>();
-    if constexpr (N > 1) visit.template operator()<0, 1>();
-    if constexpr (M > 1) visit.template operator()<1, 0>();
-    if constexpr (M > 1 && N > 1) visit.template operator()<1, 1>();
-  };
-  each([&]<int i, int j>() {
-    if (add)
-      load_tile<2 * i + j>(c + size_t(16) * i * ldc + 16 * j, c_bytes);
-    else
-      zero_tile<2 * i + j>();
-  });
-  for (int s = 0; s < steps; s++, left += a.step, right += b.step) {
-    load_tile<4>(left, a.row_bytes);
-    if constexpr (M > 1) load_tile<5>(left + a.next, a.row_bytes);
-    load_tile<6>(right, b.row_bytes);
-    if constexpr (N > 1) load_tile<7>(right + b.next, b.row_bytes);
-    each([&]<int i, int j>() { multiply_bf16<2 * i + j, 4 + i, 6 + j>(); });
-  }
-  each([&]<int i, int j>() { store_tile<2 * i + j>(c + size_t(16) * i * ldc + 16 * j, c_bytes); });
-}
-
-// c (+)= a b: `rows` and `columns` of c, multiples of 16
-inline void multiply_tiles(const Factor& a, int rows, const Factor& b, int columns, int steps, float* c, int ldc, bool add) {
-  settled();
-  const int last_m = rows / 16, last_n = columns / 16;
-  for (int m = 0; m < last_m; m += 2)
-    for (int n = 0; n < last_n; n += 2) {
-      if (m + 2 <= last_m && n + 2 <= last_n)
-        multiply_tile<2, 2>(a, m, b, n, steps, c, ldc, add);
-      else if (m + 2 <= last_m)
-        multiply_tile<2, 1>(a, m, b, n, steps, c, ldc, add);
-      else if (n + 2 <= last_n)
-        multiply_tile<1, 2>(a, m, b, n, steps, c, ldc, add);
-      else
-        multiply_tile<1, 1>(a, m, b, n, steps, c, ldc, add);
-    }
-  settled();
-}
-
-// Backward of one segment and kv head: virtual rows and keys by blocks of 64.
-class BackwardTiles {
+// Products of LowBackward.
+class TileProducts {
  public:
-  explicit BackwardTiles(const AttendBackwardArgs& args) : a(args) {
-    for (bf16* x : {k_, v_}) std::memset(x, 0, size_t(keys_) * width_ * sizeof(bf16));
-    for (int key = 0; key < key_count_; key++) {
-      to_bf16<Avx512>(a.k + size_t(key) * a.dim, a.dim, k_ + size_t(key) * width_);
-      to_bf16<Avx512>(a.v + size_t(key) * a.dim, a.dim, v_ + size_t(key) * width_);
-    }
-    std::memset(zeros_, 0, size_t(a.dim) * sizeof(float));
-    for (int key = 0; key < keys_; key += 32)
-      for (int d = 0; d < a.dim; d += 16) {
-        alignas(64) float pairs[16][16];
-        for (int i = 0; i < 16; i++)
-          _mm512_store_si512(pairs[i], pair_rows(key_row(key + 2 * i) + d, key_row(key + 2 * i + 1) + d));
-        Avx512::transpose(pairs[0], 16, reinterpret_cast<float*>(k_columns_ + size_t(d) * keys_ + key), keys_ / 2);
-      }
+  TileProducts() {
+    for (int i = 0; i < 8; i++) shapes_.set(i, kTileRows, 64);
+    shapes_.use();
   }
 
-  void run() {
-    TileShapes shapes;
-    for (int i = 0; i < 8; i++) shapes.set(i, kTileRows, 64);
-    shapes.use();
-    const int total = a.count * a.heads;
-    for (int first = 0; first < total; first += kBlock) {
-      const int count = total - first < kBlock ? total - first : kBlock, rows = round_up(count, 32);
-      take_rows(first, count, rows);
-      const int begin = first_key(a.before + first / a.heads, a.window) / kBlock * kBlock;
-      const int last = a.before + (first + count - 1) / a.heads;
-      for (int key = begin; key <= last; key += kBlock) {
-        const int taken = last + 1 - key < kBlock ? round_up(last + 1 - key, 32) : kBlock;
-        take_keys(key, taken, rows, key > begin);
+  static void multiply(const Factor& a, int rows, const Factor& b, int columns, int steps, float* c, int ldc, bool add) {
+    settled();
+    const int last_m = rows / 16, last_n = columns / 16;
+    for (int m = 0; m < last_m; m += 2)
+      for (int n = 0; n < last_n; n += 2) {
+        if (m + 2 <= last_m && n + 2 <= last_n)
+          block<2, 2>(a, m, b, n, steps, c, ldc, add);
+        else if (m + 2 <= last_m)
+          block<2, 1>(a, m, b, n, steps, c, ldc, add);
+        else if (n + 2 <= last_n)
+          block<1, 2>(a, m, b, n, steps, c, ldc, add);
+        else
+          block<1, 1>(a, m, b, n, steps, c, ldc, add);
       }
-      put_rows(first, count, rows);
-    }
+    settled();
   }
 
  private:
-  static constexpr int kBlock = 64;
+  TileShapes shapes_;
 
-  const AttendBackwardArgs& a;
-  const int key_count_ = a.before + a.count, keys_ = round_up(key_count_, kBlock), width_ = round_up(a.dim, 32);
-  // of all keys: [key][width], and [dim][key]
-  bf16 *k_ = reinterpret_cast<bf16*>(a.scratch), *v_ = k_ + size_t(keys_) * width_, *k_columns_ = v_ + size_t(keys_) * width_;
-  // of a block's rows: [row / 16][width / 2][row % 16][2], [row / 2][dim][2]; 16 rows as they come
-  bf16 *q_pairs_ = k_columns_ + size_t(keys_) * a.dim, *d_pairs_ = q_pairs_ + kBlock * width_;
-  bf16 *q_rows_ = d_pairs_ + kBlock * width_, *d_rows_ = q_rows_ + kBlock * a.dim, *low_ = d_rows_ + kBlock * a.dim;
-  // of a block's keys and rows: [key][row], and gradients of scores also [key / 2][row][2]
-  bf16 *weights_ = low_ + 16 * width_, *d_scores_ = weights_ + kBlock * kBlock, *d_score_pairs_ = d_scores_ + kBlock * kBlock;
-  float *scores_ = reinterpret_cast<float*>(d_score_pairs_ + kBlock * kBlock), *d_weights_ = scores_ + kBlock * kBlock;
-  float *dq_ = d_weights_ + kBlock * kBlock, *zeros_ = dq_ + size_t(a.dim) * kBlock;  // [dim][row]; of one row
-  alignas(64) float lse_[kBlock], delta_[kBlock];
-  alignas(64) int32_t position_[kBlock], start_[kBlock];
-
-  static __m512i pair_rows(const float* even, const float* odd) {
-    return Avx512::pair_bf16(Avx512::load(even), Avx512::load(odd));
-  }
-  const float* key_row(int key) const { return key < key_count_ ? a.k + size_t(key) * a.dim : zeros_; }
-  size_t at(int row) const { return virtual_row_at(row, a.heads, a.q_stride, a.dim); }
-
-  // Rows [first, first + count) as factors, with zeros up to `rows`: these see no key.
-  void take_rows(int first, int count, int rows) {
-    auto row = [&](const float* x, int r) { return r < count ? x + at(first + r) : zeros_; };
-    auto pack = [&](const float* x, bf16* pairs, bf16* by_rows) {
-      for (int r = 0; r < rows; r += 16) {
-        std::memset(low_, 0, size_t(16) * width_ * sizeof(bf16));
-        for (int i = 0; i < 16; i++) to_bf16<Avx512>(row(x, r + i), a.dim, low_ + size_t(i) * width_);
-        for (int p = 0; p < width_ / 2; p += 16)
-          Avx512::transpose(reinterpret_cast<float*>(low_) + p, width_ / 2,
-                            reinterpret_cast<float*>(pairs) + size_t(r / 16 * width_ / 2 + p) * 16, 16);
-      }
-      for (int r = 0; r < rows; r += 2)
-        for (int d = 0; d < a.dim; d += 16)
-          _mm512_storeu_si512(by_rows + size_t(r) * a.dim + 2 * d, pair_rows(row(x, r) + d, row(x, r + 1) + d));
+  template <int M, int N>
+  static void block(const Factor& a, int m, const Factor& b, int n, int steps, float* c, int ldc, bool add) {
+    const int c_bytes = ldc * int(sizeof(float));
+    const bf16 *left = a.data + size_t(m) * a.next, *right = b.data + size_t(n) * b.next;
+    c += size_t(16) * m * ldc + 16 * n;
+    // tile registers: 0 to 3 sums, 4 and 5 rows, 6 and 7 columns
+    auto each = [&](auto visit) {
+      visit.template operator()<0, 0>();
+      if constexpr (N > 1) visit.template operator()<0, 1>();
+      if constexpr (M > 1) visit.template operator()<1, 0>();
+      if constexpr (M > 1 && N > 1) visit.template operator()<1, 1>();
     };
-    pack(a.q, q_pairs_, q_rows_);
-    pack(a.d_out, d_pairs_, d_rows_);
-    for (int r = 0; r < rows; r++) {
-      const bool real = r < count;
-      const int m = (first + r) / a.heads;
-      lse_[r] = real ? a.lse[size_t(m) * a.lse_stride + (first + r) % a.heads] : 0;
-      delta_[r] = real ? dot<Avx512>(row(a.out, r), row(a.d_out, r), a.dim) : 0;
-      position_[r] = real ? a.before + m : -1;
-      start_[r] = first_key(position_[r], a.window);
+    each([&]<int i, int j>() {
+      if (add)
+        load_tile<2 * i + j>(c + size_t(16) * i * ldc + 16 * j, c_bytes);
+      else
+        zero_tile<2 * i + j>();
+    });
+    for (int s = 0; s < steps; s++, left += a.step, right += b.step) {
+      load_tile<4>(left, a.row_bytes);
+      if constexpr (M > 1) load_tile<5>(left + a.next, a.row_bytes);
+      load_tile<6>(right, b.row_bytes);
+      if constexpr (N > 1) load_tile<7>(right + b.next, b.row_bytes);
+      each([&]<int i, int j>() { multiply_bf16<2 * i + j, 4 + i, 6 + j>(); });
     }
-  }
-
-  // Adds what `taken` keys from `key` on have to do with the rows.
-  void take_keys(int key, int taken, int rows, bool add) {
-    const Factor q{q_pairs_, 64, size_t(width_) * 16, 512}, d{d_pairs_, 64, size_t(width_) * 16, 512};
-    const int bytes = width_ * int(sizeof(bf16));
-    multiply_tiles({k_ + size_t(key) * width_, bytes, size_t(width_) * 16, 32}, taken, q, rows, width_ / 32, scores_, kBlock,
-                   false);
-    multiply_tiles({v_ + size_t(key) * width_, bytes, size_t(width_) * 16, 32}, taken, d, rows, width_ / 32, d_weights_, kBlock,
-                   false);
-    for (int i = 0; i < taken; i += 2)
-      for (int r = 0; r < rows; r += 16) {
-        __m512 even, odd;
-        weigh(key, i, r, even);
-        weigh(key, i + 1, r, odd);
-        _mm512_storeu_si512(d_score_pairs_ + i * kBlock + 2 * r, Avx512::pair_bf16(even, odd));
-      }
-    const int real = round_up(key_count_, 16) - key < taken ? round_up(key_count_, 16) - key : taken;
-    const size_t at = size_t(key) * a.dim, pair = size_t(a.dim) * 32;
-    const int row_bytes = 2 * a.dim * int(sizeof(bf16)), block_bytes = kBlock * int(sizeof(bf16));
-    multiply_tiles({weights_, block_bytes, 16 * kBlock, 32}, real, {d_rows_, row_bytes, 32, pair}, a.dim, rows / 32, a.dv + at,
-                   a.dim, true);
-    multiply_tiles({d_scores_, block_bytes, 16 * kBlock, 32}, real, {q_rows_, row_bytes, 32, pair}, a.dim, rows / 32, a.dk + at,
-                   a.dim, true);
-    multiply_tiles({k_columns_ + key, keys_ * int(sizeof(bf16)), size_t(keys_) * 16, 32}, a.dim,
-                   {d_score_pairs_, 2 * block_bytes, 32, 32 * kBlock}, rows, taken / 32, dq_, kBlock, add);
-  }
-
-  // Weights and gradients of the scores of one key, for 16 rows.
-  void weigh(int key, int i, int r, __m512& d_score) {
-    const __m512i at = _mm512_set1_epi32(key + i);
-    const __mmask16 seen = _mm512_cmple_epi32_mask(at, _mm512_load_si512(position_ + r)) &
-                           _mm512_cmpge_epi32_mask(at, _mm512_load_si512(start_ + r));
-    __m512 score = _mm512_loadu_ps(scores_ + i * kBlock + r);
-    if (a.cap != 0) score = capped<Avx512>(score, a.cap);
-    const __m512 weight = _mm512_maskz_mov_ps(seen, vexp<Avx512>(_mm512_sub_ps(score, _mm512_load_ps(lse_ + r))));
-    d_score = _mm512_maskz_mul_ps(seen, weight,
-                                  _mm512_sub_ps(_mm512_loadu_ps(d_weights_ + i * kBlock + r), _mm512_load_ps(delta_ + r)));
-    if (a.cap != 0) d_score = _mm512_mul_ps(d_score, cap_slope<Avx512>(score, a.cap));
-    Avx512::store_bf16(weights_ + i * kBlock + r, weight);
-    Avx512::store_bf16(d_scores_ + i * kBlock + r, d_score);
-  }
-
-  void put_rows(int first, int count, int rows) {
-    for (int r = 0; r < rows; r += 16)
-      for (int d = 0; d < a.dim; d += 16) {
-        alignas(64) float turned[16][16];
-        Avx512::transpose(dq_ + size_t(d) * kBlock + r, kBlock, turned[0], 16);
-        for (int i = 0; i < 16 && r + i < count; i++)
-          _mm512_storeu_ps(a.dq + at(first + r + i) + d, _mm512_mul_ps(_mm512_load_ps(turned[i]), _mm512_set1_ps(a.scale)));
-      }
+    each([&]<int i, int j>() { store_tile<2 * i + j>(c + size_t(16) * i * ldc + 16 * j, c_bytes); });
   }
 };
-
-void attend_backward_tiles(const AttendBackwardArgs& args) { BackwardTiles(args).run(); }
 
 }  // namespace
 }  // namespace nomoat

@@ -104,6 +104,24 @@ struct Avx512 {
                   high = _mm512_cvtepu16_epi32(__m256i(_mm512_cvtneps_pbh(odd)));
     return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
   }
+  // The values of two rows, pair by pair.
+  template <int N>
+  static void pair_up(const bf16* even, const bf16* odd, Pairs (&to)[N]) {
+    const __m512i first = _mm512_setr_epi32(0x200000, 0x210001, 0x220002, 0x230003, 0x240004, 0x250005, 0x260006, 0x270007,
+                                            0x280008, 0x290009, 0x2a000a, 0x2b000b, 0x2c000c, 0x2d000d, 0x2e000e, 0x2f000f);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(0x100010));
+    for (int n = 0; n + 2 <= N; n += 2) {
+      const __m512i a = bytes(even + n * W), b = bytes(odd + n * W);
+      to[n] = _mm512_permutex2var_epi16(a, first, b);
+      to[n + 1] = _mm512_permutex2var_epi16(a, second, b);
+    }
+    if constexpr (N % 2) {
+      auto half = [](const bf16* x) {
+        return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + (N - 1) * W)));
+      };
+      to[N - 1] = _mm512_permutex2var_epi16(half(even), first, half(odd));
+    }
+  }
   static F dot_bf16(F acc, Pairs b, const bf16* a) { return _mm512_dpbf16_ps(acc, __m512bh(b), __m512bh(broadcast(a))); }
 
   static void transpose(const float* src, int stride, float* dst, int dst_stride) {

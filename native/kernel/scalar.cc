@@ -83,6 +83,10 @@ struct Scalar {
     odd = bits_to_float(p & 0xffff0000u);
   }
   static Pairs pair_bf16(F even, F odd) { return uint32_t(float_to_bf16(even)) | uint32_t(float_to_bf16(odd)) << 16; }
+  template <int N>
+  static void pair_up(const bf16* even, const bf16* odd, Pairs (&to)[N]) {
+    for (int n = 0; n < N; n++) to[n] = uint32_t(even[n]) | uint32_t(odd[n]) << 16;
+  }
   static F dot_bf16(F acc, Pairs b, const bf16* a) {
     F even, odd;
     split_pairs(b, even, odd);

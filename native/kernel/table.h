@@ -25,8 +25,8 @@ constexpr int kAhead = 32 << 10;
 struct ReadOn {
   const uint8_t *end = nullptr, *next = nullptr;
 };
-// Tokens of one page of the key/value cache.
-constexpr int kPageTokens = 64;
+// Tokens of one page of the key/value cache, and dimensions of a head at most.
+constexpr int kPageTokens = 64, kMostHeadDim = 512;
 
 // 32 activations as one or two int8 digits: x[i] ~ scale * c[i], c = q or 128 * high + low (|c| <= 127 or 127 * 128). With
 // kWords c itself is stored, the columns of every four in the order 0, 2, 1, 3.

@@ -110,12 +110,12 @@ void write_key(const KvCache& cache, const float* key, int dim, uint8_t* page, i
     for (int d = 0; d < dim; d++) to[16 * d + lane] = key[d];
   } else if (cache.type() == KvType::int8) {
     int8_t* to = reinterpret_cast<int8_t*>(page) + size_t(block) * 16 * dim;
-    int8_t low[512];
+    int8_t low[kMostHeadDim];
     scales_of(page, dim)[slot] = kernels().to_int8(key, dim, low);
     for (int d = 0; d < dim; d++) to[16 * d + lane] = low[d];
   } else {
     bf16* to = reinterpret_cast<bf16*>(page) + size_t(block) * 16 * dim;
-    bf16 low[512];
+    bf16 low[kMostHeadDim];
     kernels().to_bf16(key, dim, low);
     for (int d = 0; d < dim; d += 2) {
       to[16 * d + 2 * lane] = low[d];
