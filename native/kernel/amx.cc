@@ -9,6 +9,10 @@ namespace nomoat {
 
 namespace {
 
+struct Amx : Avx512 {
+  static constexpr int kFetchRows = 1;
+};
+
 // ---- int8: exact dots, scaled and added in the order of gemm.h: the bits are those of every level ---------------------------
 
 constexpr int kDepth = 32;      // of a strip's tiles, how many are unpacked at once: 16 KB
@@ -30,18 +34,18 @@ struct Unpacked {
   alignas(64) int8_t codes[kDepth][8][64];
   alignas(64) float scale[steps][16], min[Q::has_min ? steps : 1][16];
 
-  void take(const uint8_t* planes, const uint8_t* scales, int from, int count) {
+  void take(const uint8_t* strip, int from, int count) {
     for (int t = 0; t < count; t++) {
-      const uint8_t* plane = planes + size_t(from + t) * Q::plane_bytes;
+      const Tile tile = tile_of<Q>(strip, from + t);
       constexpr int zero = Q::top > 127 ? 128 : Q::zero;
       unrolled<8>([&]<int g>() {
-        __m512i w = Q::template granule<Avx512, g>(plane, 0);
+        __m512i w = Q::template granule<Avx512, g>(tile.plane, 0);
         if constexpr (zero != 0) w = _mm512_sub_epi8(w, _mm512_set1_epi8(char(zero)));
         _mm512_store_si512(codes[t][g], w);
       });
       unrolled<Q::groups>([&]<int h>() {
-        _mm512_store_ps(scale[t * Q::groups + h], Q::template scale<Avx512>(scales, from + t, h, 0));
-        if constexpr (Q::has_min) _mm512_store_ps(min[t * Q::groups + h], Q::template min<Avx512>(scales, from + t, h, 0));
+        _mm512_store_ps(scale[t * Q::groups + h], Q::template scale<Avx512>(tile, h, 0));
+        if constexpr (Q::has_min) _mm512_store_ps(min[t * Q::groups + h], Q::template min<Avx512>(tile, h, 0));
       });
     }
     settled();
@@ -124,13 +128,13 @@ void i8_strips(const Matrix& w, int first, int last, const ReadOn& then, const i
   for (int begin = 0; begin < rows; begin += kRowBlock) {
     const int taken = rows - begin < kRowBlock ? rows - begin : kRowBlock;
     for (int s = first; s < last; s++) {
-      const uint8_t *planes = w.strip(s), *scales = planes + w.plane_section;
+      const uint8_t* strip = w.strip(s);
       for (int from = 0; from < tiles; from += kDepth) {
         const int count = tiles - from < kDepth ? tiles - from : kDepth;
-        unpacked.take(planes, scales, from, count);
+        unpacked.take(strip, from, count);
         for (int m = 0; m < taken; m += kTileRows) {
           const size_t at = size_t(begin + m) * tiles + from;
-          const Ahead ahead{planes + size_t(from * Q::groups) * step_bytes, begin + m ? 0 : step_bytes, then};
+          const Ahead ahead{strip + size_t(from * Q::groups) * step_bytes, begin + m ? 0 : step_bytes, then};
           i8_rows<Q, D>(unpacked, count, q + at * kTileCols * D, blocks + at, tiles, ahead, sums + m, from > 0);
         }
       }
@@ -155,8 +159,8 @@ void gemm_i8_tiles(const Matrix& w, int first, int last, const ReadOn& then, int
     });
   const size_t at = size_t(many) * w.tiles();
   if (many < rows)
-    gemm_i8<Avx512>(w, first, last, many ? ReadOn{} : then, digits, q + at * kTileCols * code_bytes(digits), blocks + at,
-                    rows - many, y + size_t(many) * ldy, ldy, add);
+    gemm_i8<Amx>(w, first, last, many ? ReadOn{} : then, digits, q + at * kTileCols * code_bytes(digits), blocks + at,
+                 rows - many, y + size_t(many) * ldy, ldy, add);
 }
 
 // ---- bf16: a panel's pairs are tiles as they lie ------------------------------------------------------------------------------
@@ -306,7 +310,7 @@ void outer_bf16_tiles(const float* u, int ldu, int rank, const bf16* x, int ldx,
 // Past the caches: these sums are read much later, and their lines need not be read to be written. Training x 1.08, where the
 // third-level cache is not faster than memory.
 void write_sums_past(const float* c, int rows, int width, bool add, float* y, int ldy) {
-  if (add || uintptr_t(y) % 64) return write_sums<Avx512>(c, rows, width, add, y, ldy);
+  if (add || uintptr_t(y) % 64) return write_sums<Amx>(c, rows, width, add, y, ldy);
   for (int m = 0; m < rows; m++, c += kPanelCols, y += ldy)
     for (int i = 0; i < width; i += 16) _mm512_stream_ps(y + i, _mm512_load_ps(c + i));
   _mm_sfence();
@@ -315,7 +319,7 @@ void write_sums_past(const float* c, int rows, int width, bool add, float* y, in
 // ---- limits: the same products, their operands in the first-level cache ------------------------------------------------
 
 int64_t peak_tiles(Peak what, int64_t steps) {
-  if (what != Peak::int8 && what != Peak::bf16) return peak<Avx512>(what, steps);
+  if (what != Peak::int8 && what != Peak::bf16) return peak<Amx>(what, steps);
   constexpr int depth = 256;
   alignas(64) bf16 rows[kTileRows * depth], panel[depth * kPanelCols];
   alignas(64) float sums[kTileRows * kPanelCols];
@@ -347,7 +351,7 @@ int64_t peak_tiles(Peak what, int64_t steps) {
 }
 
 constexpr Kernels make_tile_kernels() {
-  Kernels k = make_kernels<Avx512>(Level::amx);
+  Kernels k = make_kernels<Amx>(Level::amx);
   k.gemm_i8 = gemm_i8_tiles;
   k.gemm_bf16 = gemm_bf16_tiles;
   k.outer_bf16 = outer_bf16_tiles;

@@ -12,6 +12,7 @@ namespace {
 struct Avx2 {
   static constexpr int W = 8, kIntRows = 4, kGemmRows = 6, kGemmVectors = 2, kOuterRows = 4;
   static constexpr bool kBf16Dots = false;
+  static constexpr int kFetchRows = 1;
 #ifdef __AVXVNNI__
   static constexpr bool kHasWords = false;
 #else

@@ -55,10 +55,8 @@ inline void exact_dots(const uint8_t* plane, int first, const int8_t* const (&x)
   }
 }
 
-// Few rows wait for memory, and the hardware's prefetcher starts anew at every 4 KB page. Planes, scales and the strips, of this
-// matrix and of the next, lie one behind the other: with each tile, as many bytes as it has are asked for kAhead further on.
-//
-// What a step that uses `bytes` from `at` on fetches: as many, kAhead further on.
+// Tiles and strips, of this matrix and of the next, lie one behind the other: what a step that uses `bytes` from `at` on fetches
+// are as many, kAhead further on.
 inline void fetch_ahead(const uint8_t* at, int bytes, const ReadOn& then) {
   const uint8_t* ahead = at + kAhead;
   if (then.next && ahead >= then.end) ahead = then.next + (ahead - then.end);
@@ -68,15 +66,15 @@ inline void fetch_ahead(const uint8_t* at, int bytes, const ReadOn& then) {
 // M rows x L times W lanes from `first` on. Integer dots are exact; each lane adds its 32-column blocks in order. `fetched`:
 // bytes to fetch ahead with each tile.
 template <class V, class Q, int M, int D, int L>
-inline void i8_tile(const uint8_t* planes, const uint8_t* scales, int fetched, const ReadOn& then, int first, int tiles,
-                    const int8_t* q, const ActBlock* blocks, float* y, int ldy, bool add) {
+inline void i8_tile(const uint8_t* strip, int fetched, const ReadOn& then, int first, int tiles, const int8_t* q,
+                    const ActBlock* blocks, float* y, int ldy, bool add) {
   using F = typename V::F;
   F acc[L][M];
   for (int l = 0; l < L; l++)
     for (int m = 0; m < M; m++) acc[l][m] = V::zero();
   for (int t = 0; t < tiles; t++) {
-    const uint8_t* plane = planes + size_t(t) * Q::plane_bytes;
-    fetch_ahead(planes + size_t(t) * fetched, fetched, then);
+    const Tile tile = tile_of<Q>(strip, t);
+    fetch_ahead(strip + size_t(t) * fetched, fetched, then);
     const int8_t* x[M];
     const ActBlock* block[M];
     for (int m = 0; m < M; m++) {
@@ -85,14 +83,14 @@ inline void i8_tile(const uint8_t* planes, const uint8_t* scales, int fetched, c
     }
     unrolled<Q::groups>([&]<int h>() {
       typename V::I dot[L][M];
-      exact_dots<V, Q, M, D, L, h>(plane, first, x, block, dot);
+      exact_dots<V, Q, M, D, L, h>(tile.plane, first, x, block, dot);
       for (int l = 0; l < L; l++) {
         const int lane = first + l * V::W;
-        const F scale = Q::template scale<V>(scales, t, h, lane);
+        const F scale = Q::template scale<V>(tile, h, lane);
         for (int m = 0; m < M; m++)
           acc[l][m] = V::fma(V::from_i32(dot[l][m]), V::mul(scale, V::set1(block[m]->scale)), acc[l][m]);
         if constexpr (Q::has_min) {
-          const F minimum = Q::template min<V>(scales, t, h, lane);
+          const F minimum = Q::template min<V>(tile, h, lane);
           for (int m = 0; m < M; m++) {
             const F total = Q::groups == 2 ? V::mul(V::set1(block[m]->scale), V::from_i32(V::iset1(block[m]->sum[h])))
                                            : V::set1(block[m]->scaled_sum);
@@ -115,10 +113,9 @@ template <class V, class Q, int D>
 inline void i8_strip(const Matrix& w, int strip, const ReadOn& then, const int8_t* q, const ActBlock* blocks, int rows, float* y,
                      int ldy, bool add) {
   constexpr int L = D == 1 && kStripRows > V::W ? 2 : 1;
-  const uint8_t *planes = w.strip(strip), *scales = planes + w.plane_section;
-  const int tiles = w.tiles(), tile_bytes = int(w.strip_bytes) / tiles;
+  const int tiles = w.tiles(), fetched = rows < V::kFetchRows ? 0 : int(w.strip_bytes) / tiles;
   auto run = [&]<int M, int Lanes>(int m, int lane) {
-    i8_tile<V, Q, M, D, Lanes>(planes, scales, m == 0 && lane == 0 ? tile_bytes : 0, then, lane, tiles,
+    i8_tile<V, Q, M, D, Lanes>(w.strip(strip), m == 0 && lane == 0 ? fetched : 0, then, lane, tiles,
                                q + size_t(m) * tiles * kTileCols * code_bytes(D), blocks + size_t(m) * tiles,
                                y + size_t(m) * ldy + strip * kStripRows, ldy, add);
   };
@@ -154,12 +151,12 @@ void gemm_i8(const Matrix& w, int first, int last, const ReadOn& then, int digit
 // ---- float32 activations --------------------------------------------------------------------------------------------
 
 template <class V, class Q, int M>
-inline void float_tile(const uint8_t* planes, int lane, int tiles, const float* x, int ldx, float* y, int ldy, bool add) {
+inline void float_tile(const uint8_t* strip, int lane, int tiles, const float* x, int ldx, float* y, int ldy, bool add) {
   typename V::F acc[M];
   for (int m = 0; m < M; m++) acc[m] = V::zero();
   for (int t = 0; t < tiles; t++)
     for (int c = 0; c < kTileCols; c++) {
-      const typename V::F w = Q::template column<V>(planes + size_t(t) * Q::plane_bytes, c, lane);
+      const typename V::F w = Q::template column<V>(tile_of<Q>(strip, t).plane, c, lane);
       for (int m = 0; m < M; m++) acc[m] = V::fma(w, V::set1(x[size_t(m) * ldx + t * kTileCols + c]), acc[m]);
     }
   for (int m = 0; m < M; m++) {
@@ -196,13 +193,13 @@ inline void settled() { __asm__ volatile("" ::: "memory"); }
 template <class V, class Q, int Half, class Visit>
 inline void decode_half_tile(const Matrix& w, int strip, int tile, Visit&& visit) {
   using F = typename V::F;
-  const uint8_t *planes = w.strip(strip), *scales = planes + w.plane_section, *plane = planes + size_t(tile) * Q::plane_bytes;
+  const Tile at = tile_of<Q>(w.strip(strip), tile);
   for (int lane = 0; lane < kStripRows; lane += V::W) {
     if constexpr (Q::integer) {
       constexpr int group = Q::groups == 2 ? Half : 0;
-      const F scale = Q::template scale<V>(scales, tile, group, lane);
+      const F scale = Q::template scale<V>(at, group, lane);
       F minimum = V::zero();
-      if constexpr (Q::has_min) minimum = Q::template min<V>(scales, tile, group, lane);
+      if constexpr (Q::has_min) minimum = Q::template min<V>(at, group, lane);
       auto value = [&](F code) {
         if constexpr (Q::zero != 0) code = V::sub(code, V::set1(float(Q::zero)));
         const F product = V::mul(scale, code);
@@ -212,27 +209,26 @@ inline void decode_half_tile(const Matrix& w, int strip, int tile, Visit&& visit
           return product;
       };
       unrolled<4>([&]<int g>() {
-        const typename V::B codes = Q::template granule<V, 4 * Half + g>(plane, lane);
+        const typename V::B codes = Q::template granule<V, 4 * Half + g>(at.plane, lane);
         visit(4 * g, lane, value(V::template byte_to_f<0>(codes)), value(V::template byte_to_f<1>(codes)),
               value(V::template byte_to_f<2>(codes)), value(V::template byte_to_f<3>(codes)));
       });
     } else {
-      auto column = [&](int j) { return Q::template column<V>(plane, 16 * Half + j, lane); };
+      auto column = [&](int j) { return Q::template column<V>(at.plane, 16 * Half + j, lane); };
       for (int j = 0; j < 16; j += 4) visit(j, lane, column(j), column(j + 1), column(j + 2), column(j + 3));
     }
   }
 }
 
-// Asks memory for a tile two strips further on, and for the scales of its block if it is the first of them or of those that are
-// read of a strip: panels need them soon.
+// Asks memory for a tile two strips further on, and for what its block shares if it is the first of it or of those that are read
+// of a strip: panels need them soon.
 template <class Q>
 inline void fetch_tile(const Matrix& w, int strip, int tile, bool first) {
-  constexpr int kStrips = 2, block_tiles = std::max(1, Q::block_cols / kTileCols);
-  const uint8_t *planes = w.strip(strip + kStrips), *plane = planes + size_t(tile) * Q::plane_bytes;
-  for (int line = 0; line < Q::plane_bytes; line += 64) __builtin_prefetch(plane + line, 0, 3);
-  const uint8_t* scales = planes + w.plane_section + size_t(Q::scale_bytes) * (tile / block_tiles);
-  if (first || tile % block_tiles == 0)
-    for (int line = 0; line < Q::scale_bytes; line += 64) __builtin_prefetch(scales + line, 0, 3);
+  constexpr int kStrips = 2;
+  const Tile at = tile_of<Q>(w.strip(strip + kStrips), tile);
+  for (int line = 0; line < Q::plane_bytes + Q::scale_bytes; line += 64) __builtin_prefetch(at.plane + line, 0, 3);
+  if (first || at.index == 0)
+    for (int line = 0; line < Q::shared_bytes; line += 64) __builtin_prefetch(at.shared + line, 0, 3);
 }
 
 inline bf16* panel_at(bf16* panel, int p, int c) { return panel + p * kPanelCols + 2 * c; }

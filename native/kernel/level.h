@@ -16,6 +16,7 @@ constexpr Kernels make_kernels(Level level) {
   k.level = level;
   k.bf16_dots = V::kBf16Dots;
   k.words = V::kHasWords;
+  k.fetch_rows = V::kFetchRows;
   k.gemm_i8 = gemm_i8<V>;
   k.gemm_float = gemm_float<V>;
   k.write_sums = write_sums<V>;

@@ -12,6 +12,7 @@ struct Neon {
   // 8 rows x 12 columns: 24 accumulators and six vectors of weights leave one register for the activations, one for zeros
   static constexpr int W = 4, kIntRows = 8, kGemmRows = 8, kGemmVectors = 3, kOuterRows = 4;
   static constexpr bool kHasWords = false, kBf16Dots = false;
+  static constexpr int kFetchRows = 1;  // as on AVX2
   using F = float32x4_t;
   using I = int32x4_t;
   using B = uint8x16_t;

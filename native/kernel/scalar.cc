@@ -9,6 +9,7 @@ namespace {
 struct Scalar {
   static constexpr int W = 1, kIntRows = 4, kGemmRows = 4, kGemmVectors = 4, kOuterRows = 8;
   static constexpr bool kHasWords = false, kBf16Dots = true;  // the specification of the levels that have them
+  static constexpr int kFetchRows = 1;
   using F = float;
   using I = int32_t;
   using B = uint32_t;      // four codes of one row

@@ -18,8 +18,8 @@ constexpr int kPanelCols = 48;
 constexpr int kWords = 16;
 // Bytes of an activation's code.
 constexpr int code_bytes(int digits) { return digits == 1 ? 1 : 2; }
-// Bytes ahead of those it uses that a product of few rows fetches weights: 8 to 32 KB are alike for matrices of 576 columns;
-// 16 KB are too few for 4,096.
+// Bytes ahead of those it uses that a product fetches weights: 8 to 32 KB are alike for matrices of 576 columns; 16 KB are too
+// few for 4,096.
 constexpr int kAhead = 32 << 10;
 // Where a thread reads on, at `next`, once it has read weights up to `end`; null: behind them.
 struct ReadOn {
@@ -96,6 +96,8 @@ struct Kernels {
   // Whether the level takes kWords. Where there is no int8 dot that adds in 32 bits, int16 activations are faster than two
   // digits, by 4 % for codes of 4 bits and 80 % for codes of 8, as soon as two rows share the conversion of codes to int16.
   bool words;
+  // Rows of a product from which on weights are fetched kAhead ahead; fewer leave that to the hardware.
+  int fetch_rows;
   // -- products with packed weights -------------------------------------------------------------------------------
   // y[m, 16s + r] (+)= sum_k W[16s + r, k] x[m, k] for strips s of [first, last), integer formats, activations of
   // one or two int8 digits, or kWords. A block of 32 activations is 32 high digits, then 32 low ones if there are two.

@@ -138,9 +138,10 @@ void linear_int8(const Engine& engine, int layer, const Activations& x, const Li
   for (int j = 0; j < count; j++) all += jobs[j].w->strips();
   const Strips strips(all);
   const Next next(engine, layer, jobs[0]);
+  const int ahead = x.rows < kernels().fetch_rows ? 0 : kAhead;
   std::vector<const uint8_t*> waiting(static_cast<size_t>(strips.shares));  // behind what the product itself fetches ahead
   for (int i = 0; i < strips.shares; i++)
-    if (const uint8_t* begin = next.begin(i)) waiting[size_t(i)] = begin + kAhead;
+    if (const uint8_t* begin = next.begin(i)) waiting[size_t(i)] = begin + ahead;
   auto run = [&](int task, int) {
     const int share = strips.share_of(task);
     int first = strips.of_task(task), last = strips.of_task(task + 1), furthest = strips.of_share(share + 1);

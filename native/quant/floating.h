@@ -1,5 +1,5 @@
 #pragma once
-// F32, F16, BF16: a plane is [32 columns][16 rows] of elements, no scale section.
+// F32, F16, BF16: a plane is [32 columns][16 rows] of elements, without scales.
 
 #include <cstring>
 
@@ -13,7 +13,7 @@ template <Format F, int Bytes>
 struct Floating {
   static constexpr Format id = F;
   static constexpr bool integer = false;
-  static constexpr int block_cols = 1, block_bytes = Bytes, plane_bytes = 16 * 32 * Bytes, scale_bytes = 0;
+  static constexpr int block_cols = 1, block_bytes = Bytes, plane_bytes = 16 * 32 * Bytes, scale_bytes = 0, shared_bytes = 0;
 
   static void pack_tile(const uint8_t* row_bytes, int tile, int columns, int row, uint8_t* plane) {
     for (int c = 0; c < columns; c++) std::memcpy(plane + Bytes * (16 * c + row), row_bytes + Bytes * (32 * tile + c), Bytes);

@@ -1,9 +1,11 @@
 #pragma once
 // Packed weights: the one copy that serves decode, prefill, backward and single-row reads.
 //
-// A matrix W[rows, cols] is cut into strips of 16 output rows. A strip is a plane section followed by a scale section.
-// The plane section holds one plane a tile of 16 rows x 32 columns; inside it a vector's 32-bit lane is a row and its four
-// bytes are four neighbouring columns (a "granule"), so an integer dot needs no shuffle at any vector width:
+// A matrix W[rows, cols] is cut into strips of 16 output rows, a strip into the blocks of its format, a block into tiles of 32
+// columns. A tile is a plane of codes and, behind it, its scales; what the tiles of a block share stands in front of them. So
+// memory is read in one sequence, and every load of a loop over tiles has one stride, which is what hardware prefetches best.
+// Inside a plane a vector's 32-bit lane is a row and its four bytes are four neighbouring columns (a "granule"), so an integer
+// dot needs no shuffle at any vector width:
 //
 //   byte 64 * g + 4 * row + b   holds column 4 * g + b in its low nibble and column 16 + 4 * g + b in its high nibble
 //
@@ -45,13 +47,35 @@ struct Matrix {
   int rows = 0, cols = 0;
   const uint8_t* data = nullptr;
   size_t strip_bytes = 0;
-  size_t plane_section = 0;  // bytes of a strip before its scales
 
   int strips() const { return (rows + kStripRows - 1) / kStripRows; }
   int tiles() const { return (cols + kTileCols - 1) / kTileCols; }
   bool floating() const { return format == Format::F32 || format == Format::F16 || format == Format::BF16; }
   const uint8_t* strip(int index) const { return data + size_t(index) * strip_bytes; }
 };
+
+// A tile of a strip: its plane, its scales, and what it shares with its block, in which it is tile `index`.
+template <class Byte>
+struct TileAt {
+  Byte *plane, *scales, *shared;
+  int index;
+};
+using Tile = TileAt<const uint8_t>;
+
+// Tiles of a block, and its bytes. Q: a format, see quant/all.h.
+template <class Q>
+constexpr int kBlockTiles = Q::block_cols < kTileCols ? 1 : Q::block_cols / kTileCols;
+template <class Q>
+constexpr size_t kPackedBytes = Q::shared_bytes + size_t(kBlockTiles<Q>) * (Q::plane_bytes + Q::scale_bytes);
+
+template <class Q, class Byte>
+inline TileAt<Byte> tile_of(Byte* strip, int tile) {
+  constexpr size_t bytes = Q::plane_bytes + Q::scale_bytes;
+  Byte* shared = strip + size_t(tile / kBlockTiles<Q>) * kPackedBytes<Q>;
+  const int index = tile % kBlockTiles<Q>;
+  Byte* plane = shared + Q::shared_bytes + size_t(index) * bytes;
+  return {plane, plane + Q::plane_bytes, shared, index};
+}
 
 // One row of GGUF bytes; 0 when the format is unknown.
 size_t gguf_row_bytes(Format format, int cols);

@@ -18,11 +18,11 @@ struct IQ4_NL : HalfScales<32> {
   static constexpr uint8_t codes[16] = {128 - 127, 128 - 104, 128 - 83, 128 - 65, 128 - 49, 128 - 35, 128 - 22, 128 - 10,
                                         128 + 1,   128 + 13,  128 + 25, 128 + 38, 128 + 53, 128 + 69, 128 + 89, 128 + 113};
 
-  static void pack(const uint8_t* block, int row, int, uint8_t* plane, uint8_t* scales) {
+  static void pack(const uint8_t* block, int row, const TileAt<uint8_t>& to) {
     uint8_t indexes[32];
     split_nibbles(block + 2, indexes);
-    pack_nibbles(indexes, row, plane);
-    copy_half(block, row, scales);
+    pack_nibbles(indexes, row, to.plane);
+    copy_half(block, row, to.scales);
   }
 
   template <class V, int G>

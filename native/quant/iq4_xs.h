@@ -19,13 +19,14 @@ struct IQ4_XS : SignedScales<1> {
   static constexpr int block_cols = 256, block_bytes = 136, plane_bytes = 256;
   static constexpr int zero = IQ4_NL::zero, top = IQ4_NL::top;
 
-  static void pack(const uint8_t* block, int row, int tile, uint8_t* plane, uint8_t* scales) {
+  static void pack(const uint8_t* block, int row, const TileAt<uint8_t>& to) {
+    const int tile = to.index;
     uint8_t indexes[32];
     split_nibbles(block + 8 + 16 * tile, indexes);
-    pack_nibbles(indexes, row, plane);
-    copy_half(block, row, scales);
+    pack_nibbles(indexes, row, to.plane);
+    copy_half(block, row, to.shared);
     const int nibble = (block[4 + tile / 2] >> (4 * (tile % 2))) & 15, top = (block[2 + tile / 4] >> (2 * (tile % 4))) & 3;
-    put_scale((nibble | top << 4) - 32, row, tile, scales);
+    put_scale((nibble | top << 4) - 32, row, 0, to.scales);
   }
 
   template <class V, int G>

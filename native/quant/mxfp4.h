@@ -13,15 +13,15 @@ namespace {
 struct MXFP4 {
   static constexpr Format id = Format::MXFP4;
   static constexpr bool integer = true, has_min = false;
-  static constexpr int block_cols = 32, block_bytes = 17, plane_bytes = 256, scale_bytes = 16;
+  static constexpr int block_cols = 32, block_bytes = 17, plane_bytes = 256, scale_bytes = 16, shared_bytes = 0;
   static constexpr int zero = 12, top = 24, groups = 1;
   static constexpr uint8_t codes[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
-  static void pack(const uint8_t* block, int row, int, uint8_t* plane, uint8_t* scales) {
+  static void pack(const uint8_t* block, int row, const TileAt<uint8_t>& to) {
     uint8_t indexes[32];
     split_nibbles(block + 1, indexes);
-    pack_nibbles(indexes, row, plane);
-    scales[row] = block[0];
+    pack_nibbles(indexes, row, to.plane);
+    to.scales[row] = block[0];
   }
 
   template <class V, int G>
@@ -31,9 +31,9 @@ struct MXFP4 {
 
   // In two steps: 2^-128 and 2^-127 are subnormal, and the power of one step is normal.
   template <class V>
-  static typename V::F scale(const uint8_t* scales, int tile, int, int lane) {
+  static typename V::F scale(const Tile& tile, int, int lane) {
     using F = typename V::F;
-    const F power = V::sub(V::from_u8(scales + size_t(scale_bytes) * tile + lane), V::set1(128));
+    const F power = V::sub(V::from_u8(tile.scales + lane), V::set1(128));
     const F normal = V::max(power, V::set1(-126));
     return V::scale_by_power(V::scale_by_power(V::set1(1), normal), V::sub(power, normal));
   }

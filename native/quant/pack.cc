@@ -23,9 +23,8 @@ Matrix packed_matrix(Format format, int rows, int cols) {
     if (cols % q.block_cols)
       throw std::invalid_argument("row of " + std::to_string(cols) + " columns is not a multiple of the format's block of " +
                                   std::to_string(q.block_cols));
-    m.plane_section = size_t(m.tiles()) * q.plane_bytes;
-    const size_t scales = size_t(cols / q.block_cols) * q.scale_bytes;
-    m.strip_bytes = (m.plane_section + scales + 63) / 64 * 64;
+    using Q = decltype(q);
+    m.strip_bytes = (size_t(m.tiles() / kBlockTiles<Q>) * kPackedBytes<Q> + 63) / 64 * 64;
   });
   if (!known) throw std::invalid_argument("weight format " + std::to_string(int(format)) + " is not supported");
   return m;
@@ -43,14 +42,11 @@ void pack_strips(const Matrix& m, const uint8_t* gguf, int first, int last, uint
       for (int r = 0; r < kStripRows && s * kStripRows + r < m.rows; r++) {
         const uint8_t* row = gguf + size_t(s * kStripRows + r) * row_bytes;
         for (int t = 0; t < m.tiles(); t++) {
-          uint8_t* plane = strip + size_t(t) * Q::plane_bytes;
-          if constexpr (Q::integer) {
-            constexpr int per_block = Q::block_cols / kTileCols;
-            const uint8_t* block = row + size_t(t / per_block) * Q::block_bytes;
-            Q::pack(block, r, t % per_block, plane, strip + m.plane_section + size_t(t / per_block) * Q::scale_bytes);
-          } else {
-            Q::pack_tile(row, t, m.cols - kTileCols * t < kTileCols ? m.cols - kTileCols * t : kTileCols, r, plane);
-          }
+          const TileAt<uint8_t> tile = tile_of<Q>(strip, t);
+          if constexpr (Q::integer)
+            Q::pack(row + size_t(t / kBlockTiles<Q>) * Q::block_bytes, r, tile);
+          else
+            Q::pack_tile(row, t, m.cols - kTileCols * t < kTileCols ? m.cols - kTileCols * t : kTileCols, r, tile.plane);
         }
       }
     }

@@ -84,62 +84,59 @@ inline uint8_t k_min(const uint8_t* packed, int j) {
   return j < 4 ? packed[j + 4] & 63 : uint8_t((packed[j + 4] >> 4) | ((packed[j] >> 6) << 4));
 }
 
-// Scale section of the 32-column formats: fp16 d[16] a tile, behind it fp16 m[16] where there are mins.
+// Scales of the 32-column formats, a tile: fp16 d[16], behind it fp16 m[16] where there are mins.
 template <int Bytes>
 struct HalfScales {
-  static constexpr int scale_bytes = Bytes;
+  static constexpr int scale_bytes = Bytes, shared_bytes = 0;
 
   template <class V>
-  static typename V::F scale(const uint8_t* scales, int tile, int, int lane) {
-    return V::from_f16(reinterpret_cast<const uint16_t*>(scales + size_t(Bytes) * tile) + lane);
+  static typename V::F scale(const Tile& tile, int, int lane) {
+    return V::from_f16(reinterpret_cast<const uint16_t*>(tile.scales) + lane);
   }
 
   template <class V>
-  static typename V::F min(const uint8_t* scales, int tile, int, int lane) {
-    return V::from_f16(reinterpret_cast<const uint16_t*>(scales + size_t(Bytes) * tile + 32) + lane);
+  static typename V::F min(const Tile& tile, int, int lane) {
+    return V::from_f16(reinterpret_cast<const uint16_t*>(tile.scales + 32) + lane);
   }
 };
 
-// Scale section of Q4_K and Q5_K, a superblock: fp16 d[16] | fp16 dmin[16] | u8 scale[8][16] | u8 min[8][16]. The 6-bit scales
-// and mins are widened, which adds 2.8 % to the size of Q4_K.
+// Scales of Q4_K and Q5_K. A tile: u8 scale[16] | u8 min[16], six bits widened, which adds 2.8 % to the size of Q4_K.
+// A superblock: fp16 d[16] | fp16 dmin[16].
 struct SixBitScales {
-  static constexpr int scale_bytes = 32 + 32 + 128 + 128;
+  static constexpr int scale_bytes = 32, shared_bytes = 64;
 
   // block: 0 fp16 d | 2 fp16 dmin | 4 six-bit scales and mins[12]
-  static void pack_scales(const uint8_t* block, int row, int tile, uint8_t* scales) {
-    copy_half(block, row, scales);
-    copy_half(block + 2, row, scales + 32);
-    scales[64 + 16 * tile + row] = k_scale(block + 4, tile);
-    scales[192 + 16 * tile + row] = k_min(block + 4, tile);
+  static void pack_scales(const uint8_t* block, int row, const TileAt<uint8_t>& to) {
+    copy_half(block, row, to.shared);
+    copy_half(block + 2, row, to.shared + 32);
+    to.scales[row] = k_scale(block + 4, to.index);
+    to.scales[16 + row] = k_min(block + 4, to.index);
   }
 
   template <class V>
-  static typename V::F scale(const uint8_t* scales, int tile, int, int lane) {
-    const uint8_t* block = scales + size_t(scale_bytes) * (tile / 8);
-    const typename V::F d = V::from_f16(reinterpret_cast<const uint16_t*>(block) + lane);
-    return V::mul(d, V::from_u8(block + 64 + 16 * (tile % 8) + lane));
+  static typename V::F scale(const Tile& tile, int, int lane) {
+    const typename V::F d = V::from_f16(reinterpret_cast<const uint16_t*>(tile.shared) + lane);
+    return V::mul(d, V::from_u8(tile.scales + lane));
   }
 
   template <class V>
-  static typename V::F min(const uint8_t* scales, int tile, int, int lane) {
-    const uint8_t* block = scales + size_t(scale_bytes) * (tile / 8);
-    const typename V::F d = V::from_f16(reinterpret_cast<const uint16_t*>(block + 32) + lane);
-    return V::sub(V::zero(), V::mul(d, V::from_u8(block + 192 + 16 * (tile % 8) + lane)));
+  static typename V::F min(const Tile& tile, int, int lane) {
+    const typename V::F d = V::from_f16(reinterpret_cast<const uint16_t*>(tile.shared + 32) + lane);
+    return V::sub(V::zero(), V::mul(d, V::from_u8(tile.scales + 16 + lane)));
   }
 };
 
-// Scale section of Q3_K, Q6_K and IQ4_XS, a superblock: fp16 d[16] | int8 scale[8 * Groups][16]. A tile has `Groups` scales.
+// Scales of Q3_K, Q6_K and IQ4_XS. A tile: int8 scale[Groups][16]. A superblock: fp16 d[16].
 template <int Groups>
 struct SignedScales {
-  static constexpr int groups = Groups, scale_bytes = 32 + 128 * Groups;
+  static constexpr int groups = Groups, scale_bytes = 16 * Groups, shared_bytes = 32;
 
-  static void put_scale(int scale, int row, int group, uint8_t* scales) { scales[32 + 16 * group + row] = uint8_t(scale); }
+  static void put_scale(int scale, int row, int group, uint8_t* scales) { scales[16 * group + row] = uint8_t(scale); }
 
   template <class V>
-  static typename V::F scale(const uint8_t* scales, int tile, int group, int lane) {
-    const uint8_t* block = scales + size_t(scale_bytes) * (tile / 8);
-    const typename V::F d = V::from_f16(reinterpret_cast<const uint16_t*>(block) + lane);
-    return V::mul(d, V::from_s8(reinterpret_cast<const int8_t*>(block) + 32 + 16 * (Groups * (tile % 8) + group) + lane));
+  static typename V::F scale(const Tile& tile, int group, int lane) {
+    const typename V::F d = V::from_f16(reinterpret_cast<const uint16_t*>(tile.shared) + lane);
+    return V::mul(d, V::from_s8(reinterpret_cast<const int8_t*>(tile.scales) + 16 * group + lane));
   }
 };
 

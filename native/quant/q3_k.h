@@ -18,17 +18,19 @@ struct Q3_K : SignedScales<2> {
   static constexpr int block_cols = 256, block_bytes = 110, plane_bytes = 128 + 64;
   static constexpr int zero = 4, top = 7;
 
-  static void pack(const uint8_t* block, int row, int tile, uint8_t* plane, uint8_t* scales) {
+  static void pack(const uint8_t* block, int row, const TileAt<uint8_t>& to) {
+    const int tile = to.index;
     uint8_t codes[32];
     const uint8_t* low = block + 32 + 32 * (tile / 4);
     for (int j = 0; j < 32; j++) codes[j] = uint8_t(((low[j] >> (2 * (tile % 4))) & 3) | ((block[j] >> tile) & 1) << 2);
-    pack_pairs<0>(codes, row, plane);
-    pack_bits<2>(codes, row, plane + 128);
-    copy_half(block + 108, row, scales);
+    pack_pairs<0>(codes, row, to.plane);
+    pack_bits<2>(codes, row, to.plane + 128);
+    copy_half(block + 108, row, to.shared);
     const uint8_t* six = block + 96;
-    for (int g = 2 * tile; g < 2 * tile + 2; g++) {
+    for (int half = 0; half < 2; half++) {
+      const int g = 2 * tile + half;
       const int nibble = (six[g % 8] >> (4 * (g / 8))) & 15, top = (six[8 + g % 4] >> (2 * (g / 4))) & 3;
-      put_scale((nibble | top << 4) - 32, row, g, scales);
+      put_scale((nibble | top << 4) - 32, row, half, to.scales);
     }
   }
 

@@ -13,11 +13,11 @@ struct Q4_0 : HalfScales<32> {
   static constexpr int block_cols = 32, block_bytes = 18, plane_bytes = 256;
   static constexpr int zero = 8, top = 15, groups = 1;  // value = scale * (code - zero)
 
-  static void pack(const uint8_t* block, int row, int, uint8_t* plane, uint8_t* scales) {
+  static void pack(const uint8_t* block, int row, const TileAt<uint8_t>& to) {
     uint8_t codes[32];
     split_nibbles(block + 2, codes);
-    pack_nibbles(codes, row, plane);
-    copy_half(block, row, scales);
+    pack_nibbles(codes, row, to.plane);
+    copy_half(block, row, to.scales);
   }
 
   template <class V, int G>

@@ -13,12 +13,12 @@ struct Q4_1 : HalfScales<64> {
   static constexpr int block_cols = 32, block_bytes = 20, plane_bytes = 256;
   static constexpr int zero = 0, top = 15, groups = 1;  // value = scale * (code - zero) + min
 
-  static void pack(const uint8_t* block, int row, int, uint8_t* plane, uint8_t* scales) {
+  static void pack(const uint8_t* block, int row, const TileAt<uint8_t>& to) {
     uint8_t codes[32];
     split_nibbles(block + 4, codes);
-    pack_nibbles(codes, row, plane);
-    copy_half(block, row, scales);
-    copy_half(block + 2, row, scales + 32);
+    pack_nibbles(codes, row, to.plane);
+    copy_half(block, row, to.scales);
+    copy_half(block + 2, row, to.scales + 32);
   }
 
   template <class V, int G>

@@ -13,13 +13,13 @@ struct Q5_0 : HalfScales<32> {
   static constexpr int block_cols = 32, block_bytes = 22, plane_bytes = 256 + 64;
   static constexpr int zero = 16, top = 31, groups = 1;  // value = scale * (code - zero)
 
-  static void pack(const uint8_t* block, int row, int, uint8_t* plane, uint8_t* scales) {
+  static void pack(const uint8_t* block, int row, const TileAt<uint8_t>& to) {
     uint8_t codes[32];
     split_nibbles(block + 6, codes);
     for (int j = 0; j < 32; j++) codes[j] |= ((block[2 + j / 8] >> (j % 8)) & 1) << 4;
-    pack_nibbles(codes, row, plane);
-    pack_bits<4>(codes, row, plane + 256);
-    copy_half(block, row, scales);
+    pack_nibbles(codes, row, to.plane);
+    pack_bits<4>(codes, row, to.plane + 256);
+    copy_half(block, row, to.scales);
   }
 
   template <class V, int G>

@@ -13,14 +13,14 @@ struct Q5_1 : HalfScales<64> {
   static constexpr int block_cols = 32, block_bytes = 24, plane_bytes = 256 + 64;
   static constexpr int zero = 0, top = 31, groups = 1;  // value = scale * (code - zero) + min
 
-  static void pack(const uint8_t* block, int row, int, uint8_t* plane, uint8_t* scales) {
+  static void pack(const uint8_t* block, int row, const TileAt<uint8_t>& to) {
     uint8_t codes[32];
     split_nibbles(block + 8, codes);
     for (int j = 0; j < 32; j++) codes[j] |= ((block[4 + j / 8] >> (j % 8)) & 1) << 4;
-    pack_nibbles(codes, row, plane);
-    pack_bits<4>(codes, row, plane + 256);
-    copy_half(block, row, scales);
-    copy_half(block + 2, row, scales + 32);
+    pack_nibbles(codes, row, to.plane);
+    pack_bits<4>(codes, row, to.plane + 256);
+    copy_half(block, row, to.scales);
+    copy_half(block + 2, row, to.scales + 32);
   }
 
   template <class V, int G>

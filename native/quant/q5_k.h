@@ -16,14 +16,15 @@ struct Q5_K : SixBitScales {
   static constexpr int block_cols = 256, block_bytes = 176, plane_bytes = 256 + 64;
   static constexpr int zero = 0, top = 31, groups = 1;
 
-  static void pack(const uint8_t* block, int row, int tile, uint8_t* plane, uint8_t* scales) {
+  static void pack(const uint8_t* block, int row, const TileAt<uint8_t>& to) {
+    const int tile = to.index;
     uint8_t codes[32];
     const uint8_t* bytes = block + 48 + 32 * (tile / 2);
     for (int j = 0; j < 32; j++)
       codes[j] = uint8_t((tile % 2 ? bytes[j] >> 4 : bytes[j] & 15) | ((block[16 + j] >> tile) & 1) << 4);
-    pack_nibbles(codes, row, plane);
-    pack_bits<4>(codes, row, plane + 256);
-    pack_scales(block, row, tile, scales);
+    pack_nibbles(codes, row, to.plane);
+    pack_bits<4>(codes, row, to.plane + 256);
+    pack_scales(block, row, to);
   }
 
   template <class V, int G>

@@ -15,15 +15,16 @@ struct Q6_K : SignedScales<2> {
   static constexpr int block_cols = 256, block_bytes = 210, plane_bytes = 256 + 128;
   static constexpr int zero = 32, top = 63;
 
-  static void pack(const uint8_t* block, int row, int tile, uint8_t* plane, uint8_t* scales) {
+  static void pack(const uint8_t* block, int row, const TileAt<uint8_t>& to) {
+    const int tile = to.index;
     uint8_t codes[32];
     const int half = tile / 4, s = tile % 4;
     const uint8_t *low = block + 64 * half + 32 * (s % 2), *top = block + 128 + 32 * half;
     for (int j = 0; j < 32; j++) codes[j] = uint8_t((s < 2 ? low[j] & 15 : low[j] >> 4) | ((top[j] >> (2 * s)) & 3) << 4);
-    pack_nibbles(codes, row, plane);
-    pack_pairs<4>(codes, row, plane + 256);
-    copy_half(block + 208, row, scales);
-    for (int group = 2 * tile; group < 2 * tile + 2; group++) put_scale(block[192 + group], row, group, scales);
+    pack_nibbles(codes, row, to.plane);
+    pack_pairs<4>(codes, row, to.plane + 256);
+    copy_half(block + 208, row, to.shared);
+    for (int group = 0; group < 2; group++) put_scale(block[192 + 2 * tile + group], row, group, to.scales);
   }
 
   template <class V, int G>

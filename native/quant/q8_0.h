@@ -13,9 +13,9 @@ struct Q8_0 : HalfScales<32> {
   static constexpr int block_cols = 32, block_bytes = 34, plane_bytes = 512;
   static constexpr int zero = 128, top = 255, groups = 1;  // value = scale * (code - zero)
 
-  static void pack(const uint8_t* block, int row, int, uint8_t* plane, uint8_t* scales) {
-    for (int c = 0; c < 32; c++) plane[64 * (c / 4) + 4 * row + c % 4] = block[2 + c] ^ 0x80;
-    copy_half(block, row, scales);
+  static void pack(const uint8_t* block, int row, const TileAt<uint8_t>& to) {
+    for (int c = 0; c < 32; c++) to.plane[64 * (c / 4) + 4 * row + c % 4] = block[2 + c] ^ 0x80;
+    copy_half(block, row, to.scales);
   }
 
   template <class V, int G>

@@ -60,17 +60,16 @@ TEST("pack: ranges of strips give the bytes of the whole") {
 TEST("pack: bytes of a Q4_1 strip stand where format.h says") {
   const Weights w = random_weights(Format::Q4_1, 21, 64, 5);
   const uint8_t* strip = w.matrix.strip(1);  // rows 16 .. 20
-  CHECK(w.matrix.plane_section == 2 * 256, "plane section of %zu bytes", w.matrix.plane_section);
-  CHECK(w.matrix.strip_bytes == 2 * 256 + 2 * 64, "strip of %zu bytes", w.matrix.strip_bytes);
+  CHECK(w.matrix.strip_bytes == 2 * (256 + 64), "strip of %zu bytes", w.matrix.strip_bytes);
   for (int row = 0; row < 16; row++)
     for (int tile = 0; tile < 2; tile++) {
       const uint8_t* block = w.gguf.data() + (size_t(16 + row) * 2 + size_t(tile)) * 20;
       const bool real = 16 + row < 21;
       for (int i = 0; i < 16; i++) {
-        const uint8_t found = strip[256 * tile + 64 * (i / 4) + 4 * row + i % 4];
+        const uint8_t found = strip[320 * tile + 64 * (i / 4) + 4 * row + i % 4];
         CHECK(found == (real ? block[4 + i] : 0), "row %d, tile %d, byte %d: 0x%02x", row, tile, i, unsigned(found));
       }
-      const uint8_t* scales = strip + 512 + 64 * tile;
+      const uint8_t* scales = strip + 320 * tile + 256;
       for (int part = 0; part < 2; part++)  // scale, then min
         for (int byte = 0; byte < 2; byte++)
           CHECK(scales[32 * part + 2 * row + byte] == (real ? block[2 * part + byte] : 0), "row %d, tile %d: scales", row, tile);

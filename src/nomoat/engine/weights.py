@@ -37,7 +37,7 @@ from nomoat.models.spec import ModelSpec, Source
 U8 = npt.NDArray[np.uint8]
 
 #: Raised with every change of native/quant: a pack of another layout is rebuilt.
-LAYOUT = 1
+LAYOUT = 2
 MAGIC = b"nomoatpk"
 #: Rows of a packed strip: experts are packed as one matrix, so each must begin with a strip of its own.
 EXPERT_ROWS = 16
