@@ -4,7 +4,7 @@
 
 Random adapters of rank 16 on all linears, the same ones on both sides (as GGUF for llama.cpp). Time from sending until the last
 answer is whole; greedy, the end token ignored. Also what adapters cost nomoat: the same requests without any.
-Writes bench/results/adapters.json.
+Writes bench/results/LEVEL/adapters.json.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for bench.*, however this file is started
 
-from bench.machine import environment, write  # noqa: E402
+from bench.machine import environment, of_this_cpu, write  # noqa: E402
 from bench.peers.channel import Side  # noqa: E402
 from bench.peers.install import SERVER_PYTHON  # noqa: E402
 
@@ -115,7 +115,7 @@ def report(given: argparse.Namespace, seconds: dict[str, list[float]], share: fl
     work = {key: getattr(given, key) for key in ("model", "requests", "prompt", "new")} | {"rank": RANK}
     figures = {"work": work, "seconds": seconds, "medians": medians, "ratio": ratio, "adapter_cost": cost}
     figures |= {"agreement": share, "machine": environment(given.threads), "llama.cpp server": about}
-    print(f"written: {write('adapters', figures)}")
+    print(f"written: {write('adapters', figures, of_this_cpu())}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ prefill     a prompt of 512 tokens, logits of the last
 streams-N   16 steps after prompts of 32, each with one token of N streams in one batch, logits of all
 
 A figure is the median over rounds; the ratio of medians is what counts, because the machine's speed moves.
-Writes bench/results/decode.json, where files of other models keep their figures.
+Writes bench/results/LEVEL/decode.json, LEVEL being the CPU's, where files of other models keep their figures.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for bench.*, however this file is started
 
-from bench.machine import RESULTS, environment, write  # noqa: E402
+from bench.machine import RESULTS, environment, of_this_cpu, write  # noqa: E402
 from bench.peers.channel import Side  # noqa: E402
 from bench.peers.install import IK_PYTHON, LLAMACPP_PYTHON  # noqa: E402
 
@@ -69,7 +69,7 @@ def table(summaries: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def with_model(file: str, found: Mapping[str, Any], folder: Path = RESULTS) -> dict[str, Any]:
+def with_model(file: str, found: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """What decode.json is to hold: the figures of `file`, and those of other files as they were."""
     path = folder / "decode.json"
     known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--llamacpp-python", type=Path, default=LLAMACPP_PYTHON)
     parser.add_argument("--ik-python", type=Path, default=IK_PYTHON)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of decode.json")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of LEVEL/decode.json")
     given = parser.parse_args()
 
     from nomoat.hub.names import resolve
@@ -102,11 +102,12 @@ def main() -> None:
                 continue
             sides[name] = stack.enter_context(Side("bench.peers.llamacpp_side", interpreters[name]))
             about[name] = sides[name].ask("load", path=str(path), context=PROMPT + LONG_PROMPT + NEW, threads=given.threads)
-        speeds = measure(sides, given.rounds, given.work)
-    summaries = {work: summary(values) for work, values in speeds.items()}
+        rounds = measure(sides, given.rounds, given.work)
+    summaries = {work: summary(values) for work, values in rounds.items()}
     print(table(summaries))
-    found = {"work": summaries, "rounds": speeds, "machine": environment(given.threads), "peers": about}
-    print(f"written: {write('decode', with_model(path.name, found, given.results), given.results)}")
+    found = {"work": summaries, "rounds": rounds, "machine": environment(given.threads), "peers": about}
+    folder = of_this_cpu(given.results)
+    print(f"written: {write('decode', with_model(path.name, found, folder), folder)}")
 
 
 if __name__ == "__main__":

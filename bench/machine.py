@@ -61,6 +61,13 @@ def environment(threads: int) -> dict[str, Any]:
     }
 
 
+def of_this_cpu(folder: Path = RESULTS) -> Path:
+    """The folder of what this machine's speed decides: one a CPU level, so that machines do not overwrite each other's figures."""
+    from nomoat import _native
+
+    return folder / _native.level()
+
+
 def write(name: str, figures: dict[str, Any], folder: Path = RESULTS) -> Path:
     """Writes `figures` to NAME.json, whole or not at all. Says so where the machine was busy before it began."""
     if LOAD_BEFORE > BUSY:

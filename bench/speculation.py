@@ -6,7 +6,7 @@ edit     "Add a docstring to this function", MBPP's functions: the answer is mos
 extract  a product note with its fields; the answer is a line for each field out of the note
 chat     open questions (MT-bench), where little repeats: what guessing costs when it wins nothing
 
-A figure is new tokens per second of the whole answer after its prompt. Writes bench/results/speculation.json; exits with 1
+A figure is new tokens per second of the whole answer after its prompt. Writes bench/results/LEVEL/speculation.json; exits with 1
 if an answer differs.
 """
 
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench.machine import environment, write  # noqa: E402
+from bench.machine import environment, of_this_cpu, write  # noqa: E402
 
 if TYPE_CHECKING:
     from nomoat.engine.model import Model
@@ -128,7 +128,7 @@ def main() -> None:
         speeds, ratio = results[kind]["tokens_per_second"], results[kind]["ratio"]
         print(f"{kind:8} tokens/s: plain {speeds['plain']:,.0f}, guessed {speeds['guessed']:,.0f}   (x {ratio:.2f})")
     machine = environment(given.threads)
-    print(f"written: {write('speculation', {'model': given.model, 'work': results, 'machine': machine})}")
+    print(f"written: {write('speculation', {'model': given.model, 'work': results, 'machine': machine}, of_this_cpu())}")
     if not all(result["same_answers"] for result in results.values()):
         raise SystemExit("answers differ")
 

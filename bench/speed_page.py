@@ -1,4 +1,4 @@
-"""Writes docs/speed.md from the files under bench/results.
+"""Writes docs/speed.md from bench/results/LEVEL/decode.json of all CPU levels.
 
 python bench/speed_page.py
 """
@@ -20,18 +20,20 @@ PAGE = ROOT / "docs" / "speed.md"
 
 
 def page(inference: Mapping[str, Any]) -> str:
-    """docs/speed.md of the content of decode.json."""
+    """docs/speed.md of the contents of decode.json by CPU level."""
     lines = [
         "# Speed beside peers",
         "",
-        "Written by `python bench/speed_page.py` from `bench/results/decode.json`. Tokens per second, medians of rounds in which",
-        "the programs took turns on the same file with the same number of threads; in brackets nomoat's speed over theirs.",
+        "Written by `python bench/speed_page.py` from `bench/results/LEVEL/decode.json`. Tokens per second, medians of rounds in",
+        "which the programs took turns on the same file with the same number of threads; in brackets nomoat's speed over theirs.",
         "`python bench/decode.py --help` says what each work is.",
     ]
-    for file, found in inference["models"].items():
+    for level, file, found in (
+        (level, file, found) for level, figures in inference.items() for file, found in figures["models"].items()
+    ):
         works = found["work"]
         sides = list(dict.fromkeys(side for work in works.values() for side in work["tokens_per_second"]))
-        lines += ["", f"## {file}", "", f"| work | {' | '.join(sides)} |", f"|---|{'---|' * len(sides)}"]
+        lines += ["", f"## {file}, {level}", "", f"| work | {' | '.join(sides)} |", f"|---|{'---|' * len(sides)}"]
         for work, figures in works.items():
             lines.append(f"| {work} | {' | '.join(cell(figures, side) for side in sides)} |")
         machine = found["machine"]
@@ -53,10 +55,10 @@ def cell(figures: Mapping[str, Any], side: str) -> str:
 
 
 def main() -> None:
-    source = RESULTS / "decode.json"
-    if not source.exists():
-        raise SystemExit(f"{source} is not there; python bench/decode.py writes it")
-    PAGE.write_text(page(json.loads(source.read_text(encoding="utf-8"))), encoding="utf-8")
+    sources = sorted(RESULTS.glob("*/decode.json"))
+    if not sources:
+        raise SystemExit(f"{RESULTS / 'LEVEL' / 'decode.json'} is not there; python bench/decode.py writes it")
+    PAGE.write_text(page({file.parent.name: json.loads(file.read_text(encoding="utf-8")) for file in sources}), encoding="utf-8")
     print(f"written: {PAGE}")
 
 

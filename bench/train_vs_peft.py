@@ -8,7 +8,7 @@
 
 Both sides get the same token ids, loss masks, batches and learning-rate schedule, in a process of their own; then both answer
 the same 600 test prompts greedily. Tokens are counted without padding, up to the last one that is learned.
-Writes bench/results/train_vs_peft.json (with --speed-only train_speed.json, with --dense train_dense.json or, for NF4,
+Writes bench/results/LEVEL/train_vs_peft.json (with --speed-only train_speed.json, with --dense train_dense.json or, for NF4,
 train_nf4.json, where shapes that are not measured keep their figures). PEFT runs in .parity (`make parity`).
 """
 
@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))  # for bench.*, however this file is started
 
 from bench.datasets import Row as Conversation  # noqa: E402
 from bench.datasets import load as load_dataset  # noqa: E402
-from bench.machine import RESULTS, environment, write  # noqa: E402
+from bench.machine import environment, of_this_cpu, write  # noqa: E402
 from bench.peers.channel import Side  # noqa: E402
 from bench.peers.install import PEFT_PYTHON  # noqa: E402
 from bench.train_plan import Plan  # noqa: E402
@@ -267,7 +267,7 @@ def measure_dense(given: argparse.Namespace, path: Path, tokenizer: Tokenizer) -
     text = (given.shared / "wikitext2" / "wiki.test.txt").read_text(encoding="utf-8")
     ids = tokenizer.encode(text, add_bos=False)
     name = "train_dense" if given.base == "dense" else "train_nf4"
-    file = RESULTS / f"{name}.json"
+    file = of_this_cpu() / f"{name}.json"
     shapes = json.loads(file.read_text(encoding="utf-8"))["shapes"] if file.exists() else {}
     for rows, length in given.dense:
         plan = dense_plan(ids, rows, length, WARM_STEPS + given.steps)
@@ -278,7 +278,7 @@ def measure_dense(given: argparse.Namespace, path: Path, tokenizer: Tokenizer) -
         print(f"{rows} x {length}: nomoat {medians['nomoat']:,.0f} tokens/s, PEFT {medians['peft']:,.0f}: x {found['ratio']:.2f}")
         work = {"model": path.name, "rows": rows, "length": length, "rank": RANK, "alpha": ALPHA}
         shapes[f"{rows}x{length}"] = {"work": work, **found, "machine": environment(given.threads)}
-    print(f"written: {write(name, {'shapes': shapes})}")
+    print(f"written: {write(name, {'shapes': shapes}, of_this_cpu())}")
 
 
 def main() -> None:
@@ -316,7 +316,8 @@ def main() -> None:
             result = bench.speed(given.steps, folder)
             medians = result["tokens_per_second"]
             print(f"nomoat {medians['nomoat']:,.0f} tokens/s, PEFT {medians['peft']:,.0f}: x {result['ratio']:.2f}")
-            print(f"written: {write('train_speed', {'work': work, **result, 'machine': environment(given.threads)})}")
+            result = {"work": work, **result, "machine": environment(given.threads)}
+            print(f"written: {write('train_speed', result, of_this_cpu())}")
             return
         todo = [("nomoat", given.rate or default_rate)] if given.only != "peft" else []
         if given.only != "nomoat":
@@ -330,7 +331,7 @@ def main() -> None:
         figures["accuracy_difference"] = own["accuracy"] - peer["accuracy"]
         print(f"nomoat / PEFT's best: speed x {figures['speed_ratio']:.2f}, accuracy {figures['accuracy_difference']:+.1%}")
     if given.only is None and given.first is None:  # a part of the work is no result
-        print(f"written: {write('train_vs_peft', figures)}")
+        print(f"written: {write('train_vs_peft', figures, of_this_cpu())}")
 
 
 if __name__ == "__main__":

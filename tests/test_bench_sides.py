@@ -145,9 +145,10 @@ def test_figures_of_other_files_stay_and_the_page_shows_all(tmp_path: Path) -> N
     machine.write("decode", decode.with_model("a.gguf", first, tmp_path), tmp_path)
     found = decode.with_model("b.gguf", {"work": alone, "machine": machine_, "peers": {}}, tmp_path)
     assert list(found["models"]) == ["a.gguf", "b.gguf"]
-    text = speed_page.page(found)
+    text = speed_page.page({"avx2": found})
     assert "| decode | 30.0 | 10.0 (x 3.00) |" in text
     assert "| streams-4 | 20.0 |" in text
+    assert "\n## b.gguf, avx2\n" in text
     assert "llama.cpp by bindings 1.2." in text
 
 
