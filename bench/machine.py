@@ -62,7 +62,7 @@ def environment(threads: int) -> dict[str, Any]:
 
 
 def of_this_cpu(folder: Path = RESULTS) -> Path:
-    """The folder of what this machine's speed decides: one a CPU level, so that machines do not overwrite each other's figures."""
+    """The folder of figures that speed decides: one a CPU level, so that machines do not overwrite each other's."""
     from nomoat import _native
 
     return folder / _native.level()
