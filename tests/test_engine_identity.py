@@ -240,3 +240,10 @@ def test_an_answer_ends_at_a_stop_token_and_keeps_it_out_of_the_text(model: Mode
         ended = generate(model, [prompt], replace(GREEDY, stop_tokens=frozenset({stop})))[0]
         assert (ended.tokens, ended.finish_reason) == (tokens[: first + 1], "stop")
         assert ended.text == model.tokenizer.decode(tokens[:first])
+
+
+def test_a_prompt_of_several_steps_gives_the_same_answer(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No row of the first steps is read: what they choose from has no rows."""
+    want = generate(model, [TOKENS], Sampling(max_tokens=6))[0].tokens
+    monkeypatch.setattr("nomoat.engine.generate.FORWARD_ROWS", 16)
+    assert generate(model, [TOKENS], Sampling(max_tokens=6))[0].tokens == want

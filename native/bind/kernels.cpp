@@ -181,7 +181,8 @@ void bind_numbers(nb::module_& m) {
          const std::vector<std::vector<int32_t>>& said, const std::vector<uint64_t>& steps) {
         const size_t rows = logits.shape(0);
         const int vocab = int(logits.shape(1));
-        require(vocab > 0 && (logits.stride(1) == 1 || vocab == 1), "sample: logits must be rows side by side");
+        // NumPy gives an array without elements strides of zero.
+        require(vocab > 0 && (!rows || logits.stride(1) == 1 || vocab == 1), "sample: logits must be rows side by side");
         require(options.size() == rows && said.size() == rows && steps.size() == rows, "sample: lists disagree in length");
         for (const std::vector<int32_t>& own : said) check_ids(own, vocab, "token");
         for (const Sampling* own : options) require(own, "sample: no options");
