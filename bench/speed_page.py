@@ -28,22 +28,27 @@ def page(inference: Mapping[str, Any]) -> str:
         "which the programs took turns on the same file with the same number of threads; in brackets nomoat's speed over theirs.",
         "`python bench/decode.py --help` says what each work is.",
     ]
-    for level, file, found in (
-        (level, file, found) for level, figures in inference.items() for file, found in figures["models"].items()
-    ):
-        works = found["work"]
-        sides = list(dict.fromkeys(side for work in works.values() for side in work["tokens_per_second"]))
-        lines += ["", f"## {file}, {level}", "", f"| work | {' | '.join(sides)} |", f"|---|{'---|' * len(sides)}"]
-        for work, figures in works.items():
-            lines.append(f"| {work} | {' | '.join(cell(figures, side) for side in sides)} |")
-        machine = found["machine"]
-        peers = ", ".join(f"{name} by bindings {about['version']}" for name, about in found["peers"].items())
-        lines += [
-            "",
-            f"{machine['cpu']}, {machine['level']}, {machine['threads']} threads, {machine['compiler']}, "
-            f"commit {machine['commit']}, {machine['date']}" + (f"; {peers}." if peers else "."),
-        ]
+    for level, figures in inference.items():
+        for file, found in figures["models"].items():
+            lines += section(f"{file}, {level}", found)
     return "\n".join(lines) + "\n"
+
+
+def section(title: str, found: Mapping[str, Any]) -> list[str]:
+    """The figures of one file on one machine."""
+    works = found["work"]
+    sides = list(dict.fromkeys(side for work in works.values() for side in work["tokens_per_second"]))
+    lines = ["", f"## {title}", "", f"| work | {' | '.join(sides)} |", f"|---|{'---|' * len(sides)}"]
+    for work, figures in works.items():
+        lines.append(f"| {work} | {' | '.join(cell(figures, side) for side in sides)} |")
+    machine = found["machine"]
+    peers = ", ".join(f"{name} by bindings {about['version']}" for name, about in found["peers"].items())
+    lines += [
+        "",
+        f"{machine['cpu']}, {machine['level']}, {machine['threads']} threads, {machine['compiler']}, "
+        f"commit {machine['commit']}, {machine['date']}" + (f"; {peers}." if peers else "."),
+    ]
+    return lines
 
 
 def cell(figures: Mapping[str, Any], side: str) -> str:
