@@ -5,21 +5,16 @@
 #include <optional>
 
 #include "bind/bind.h"
-#include "quant/half.h"
+#include "op/rounded.h"
 
 namespace {
 
 struct PyLora {
   explicit PyLora(int layers) : set(size_t(layers)) {}
-
-  const bf16* rounded(const ConstFloats& x) {
-    std::vector<bf16>& to = copies.emplace_back(x.size());
-    for (size_t i = 0; i < x.size(); i++) to[i] = float_to_bf16(x.data()[i]);
-    return to.data();
-  }
+  PyLora(PyLora&&) = default;
 
   LoraSet set;
-  std::vector<std::vector<bf16>> copies;  // what a_low and bt_low point to
+  RoundedLoras rounded;
 };
 
 struct PyBatch {
@@ -189,8 +184,8 @@ void set_lora(PyLora& lora, int layer, int target, const ConstFloats& a, const C
             "gradients must have the columns of A and B^T");
     l.trained = l.rank - int(da->shape(0));
     l.da = da->data(), l.dbt = dbt->data();
-  } else {
-    l.a_low = lora.rounded(a), l.bt_low = lora.rounded(bt);
+  } else if (axes == 2 || (a.shape(2) % kLoraCols == 0 && bt.shape(2) % kLoraCols == 0)) {
+    l.a_low = lora.rounded.a(l.a, l.rank, l.lda), l.bt_low = lora.rounded.bt(l.bt, l.rank, l.ldb);
   }
   lora.set[size_t(layer)][size_t(target)] = l;
 }

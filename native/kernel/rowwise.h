@@ -273,44 +273,71 @@ void softmax_f32(const float* x, float lse, float factor, int count, float* out)
 
 // ---- adapters -----------------------------------------------------------------------------------------------------------
 
-// M rows with one rank
-template <class V, int M, class T>
-inline void shrink_rows(const float* x, int ldx, const T* a, float scale, int cols, float* u, int ldu) {
+// How a factor of T lies: steps from one rank to the next and from one kLoraCols columns to the next, of `group` ranks.
+template <class T>
+struct LoraSteps {
+  int rank, block;
+
+  LoraSteps(int ld, int group) {
+    constexpr bool interleaved = std::is_same_v<T, bf16>;
+    rank = interleaved ? kLoraCols : ld;
+    block = interleaved ? group * kLoraCols : kLoraCols;
+  }
+  const T* at(const T* base, int r, int c) const {
+    return base + size_t(r) * size_t(rank) + size_t(c / kLoraCols) * size_t(block) + c % kLoraCols;
+  }
+};
+
+// M rows with R ranks
+template <class V, int M, int R, class T>
+inline void shrink_tile(const float* x, int ldx, const T* a, LoraSteps<T> steps, const float* scale, int cols, float* u,
+                        int ldu) {
   const int whole = cols / 16 * 16;
-  Sixteen<V> sum[M];
-  for (Sixteen<V>& s : sum) s = Sixteen<V>::zero();
-  for (int k = 0; k < whole; k += 16) {
-    const Sixteen<V> factor = Sixteen<V>::load(a + k);
-    for (int m = 0; m < M; m++) sum[m].add_product(x + size_t(m) * ldx + k, factor);
-  }
-  for (int m = 0; m < M; m++) {
-    float total = sum[m].total();
-    for (int k = whole; k < cols; k++) total += x[size_t(m) * ldx + k] * as_float(a[k]);
-    u[size_t(m) * ldu] = scale * total;
-  }
+  Sixteen<V> sum[M][R];
+  for (auto& row : sum)
+    for (Sixteen<V>& s : row) s = Sixteen<V>::zero();
+  for (int k = 0; k < whole; k += 16)
+    for (int r = 0; r < R; r++) {
+      const Sixteen<V> factor = Sixteen<V>::load(steps.at(a, r, k));
+      for (int m = 0; m < M; m++) sum[m][r].add_product(x + size_t(m) * ldx + k, factor);
+    }
+  for (int m = 0; m < M; m++)
+    for (int r = 0; r < R; r++) {
+      float total = sum[m][r].total();
+      for (int k = whole; k < cols; k++) total += x[size_t(m) * ldx + k] * as_float(*steps.at(a, r, k));
+      u[size_t(m) * ldu + r] = scale[r] * total;
+    }
 }
 
+// Four rows or four ranks at a time: a sum alone would wait for each of its additions.
 template <class V, class T>
 void lora_shrink(const float* x, int ldx, int rows, const T* a, int lda, const float* scale, int rank, int cols, float* u,
                  int ldu) {
-  auto run = [&]<int M>(int m) {
-    for (int r = 0; r < rank; r++)
-      shrink_rows<V, M>(x + size_t(m) * ldx, ldx, a + size_t(r) * lda, scale[r], cols, u + size_t(m) * ldu + r, ldu);
+  const LoraSteps<T> steps(lda, kLoraRanks);
+  auto run = [&]<int M, int R>(int m, int r) {
+    const T* group = a + size_t(r / kLoraRanks * kLoraRanks) * lda;
+    shrink_tile<V, M, R>(x + size_t(m) * ldx, ldx, steps.at(group, r % kLoraRanks, 0), steps, scale + r, cols,
+                         u + size_t(m) * ldu + r, ldu);
   };
   int m = 0;
-  for (; m + 4 <= rows; m += 4) run.template operator()<4>(m);
-  for (; m < rows; m++) run.template operator()<1>(m);
+  for (; m + 4 <= rows; m += 4)
+    for (int r = 0; r < rank; r++) run.template operator()<4, 1>(m, r);
+  for (; m < rows; m++) {
+    int r = 0;
+    for (; r + kLoraRanks <= rank; r += kLoraRanks) run.template operator()<1, kLoraRanks>(m, r);
+    for (; r < rank; r++) run.template operator()<1, 1>(m, r);
+  }
 }
 
 // M rows, N vectors of columns
 template <class V, int M, int N, class T>
-inline void expand_tile(const float* u, int ldu, const T* bt, int ldb, int rank, float* y, int ldy) {
+inline void expand_tile(const float* u, int ldu, const T* bt, int next, int rank, float* y, int ldy) {
   typename V::F acc[M][N];
   for (int m = 0; m < M; m++)
     for (int i = 0; i < N; i++) acc[m][i] = V::zero();
   for (int r = 0; r < rank; r++) {
     typename V::F factor[N];
-    for (int i = 0; i < N; i++) factor[i] = load_as_float<V>(bt + size_t(r) * ldb + i * V::W);
+    for (int i = 0; i < N; i++) factor[i] = load_as_float<V>(bt + size_t(r) * next + i * V::W);
     for (int m = 0; m < M; m++)
       for (int i = 0; i < N; i++) acc[m][i] = V::fma(factor[i], V::set1(u[size_t(m) * ldu + r]), acc[m][i]);
   }
@@ -323,22 +350,24 @@ inline void expand_tile(const float* u, int ldu, const T* bt, int ldb, int rank,
 
 template <class V, class T>
 void lora_expand(const float* u, int ldu, int rows, const T* bt, int ldb, int rank, int first, int last, float* y, int ldy) {
+  const LoraSteps<T> steps(ldb, rank);
   auto run = [&]<int M, int Columns>(int m) {
     const float* weight = u + size_t(m) * ldu;
     float* out = y + size_t(m) * ldy;
     int n = first;
-    for (; n + Columns <= last; n += Columns) expand_tile<V, M, Columns / V::W>(weight, ldu, bt + n, ldb, rank, out + n, ldy);
-    for (; n + V::W <= last; n += V::W) expand_tile<V, M, 1>(weight, ldu, bt + n, ldb, rank, out + n, ldy);
+    for (; n + Columns <= last; n += Columns)
+      expand_tile<V, M, Columns / V::W>(weight, ldu, steps.at(bt, 0, n), steps.rank, rank, out + n, ldy);
+    for (; n + V::W <= last; n += V::W) expand_tile<V, M, 1>(weight, ldu, steps.at(bt, 0, n), steps.rank, rank, out + n, ldy);
     for (; n < last; n++)
       for (int i = 0; i < M; i++) {
         float acc = 0;
-        for (int r = 0; r < rank; r++) acc += as_float(bt[size_t(r) * ldb + n]) * weight[size_t(i) * ldu + r];
+        for (int r = 0; r < rank; r++) acc += as_float(*steps.at(bt, r, n)) * weight[size_t(i) * ldu + r];
         out[size_t(i) * ldy + n] += acc;
       }
   };
   int m = 0;
   for (; m + 4 <= rows; m += 4) run.template operator()<4, 16>(m);
-  for (; m < rows; m++) run.template operator()<1, 32>(m);  // of bf16 a cache line
+  for (; m < rows; m++) run.template operator()<1, kLoraCols>(m);
 }
 
 template <class V, class T, int R>

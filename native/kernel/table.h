@@ -25,6 +25,9 @@ constexpr int kAhead = 32 << 10;
 struct ReadOn {
   const uint8_t *end = nullptr, *next = nullptr;
 };
+// Factors of adapters in bf16 lie in the order of reading, which memory brings fastest: ranks in groups, of A of kLoraRanks, of
+// B^T all, and of a group's ranks kLoraCols columns in turn. Ranks of A are padded to whole groups, columns to kLoraCols.
+constexpr int kLoraRanks = 4, kLoraCols = 32;
 // Tokens of one page of the key/value cache, and dimensions of a head at most.
 constexpr int kPageTokens = 64, kMostHeadDim = 512;
 
@@ -123,8 +126,9 @@ struct Kernels {
   void (*write_sums)(const float* c, int rows, int width, bool add, float* y, int ldy);
   // out[k] = W[row, k]
   void (*read_row)(const Matrix& w, int row, float* out);
-  // -- adapters, sums in float32 ------------------------------------------------------------------------------------
-  // u[m, r] = scale[r] * sum_k a[r, k] x[m, k]
+  // -- adapters, sums in float32; factors in float32 [rank][ld], in bf16 as above
+  // ------------------------------------------------------------------------------------ u[m, r] = scale[r] * sum_k a[r, k] x[m,
+  // k]
   void (*lora_shrink_bf16)(const float* x, int ldx, int rows, const bf16* a, int lda, const float* scale, int rank, int cols,
                            float* u, int ldu);
   void (*lora_shrink_f32)(const float* x, int ldx, int rows, const float* a, int lda, const float* scale, int rank, int cols,

@@ -42,7 +42,7 @@ struct Dims {
 // each rank, [rank][experts][K]: so the trained ranks are one piece of memory for them too.
 struct Lora {
   const float *a = nullptr, *bt = nullptr, *scale = nullptr;
-  const bf16 *a_low = nullptr, *bt_low = nullptr;  // both rounded, for inference: half the bytes to read. Null: not there
+  const bf16 *a_low = nullptr, *bt_low = nullptr;  // both rounded, for inference: see rounded.h. Null: not there
   float *da = nullptr, *dbt = nullptr;
   int rank = 0, trained = 0;
   int lda = 0, ldb = 0;  // from one rank to the next, of a and da, of bt and dbt
@@ -51,7 +51,7 @@ struct Lora {
   Lora expert(int index, int rows, int cols) const {
     Lora one = *this;
     one.a += size_t(index) * size_t(cols), one.bt += size_t(index) * size_t(rows);
-    if (a_low) one.a_low += size_t(index) * size_t(cols), one.bt_low += size_t(index) * size_t(rows);
+    if (a_low) one.a_low += size_t(index) * size_t(cols) * kLoraRanks, one.bt_low += size_t(index) * size_t(rows) * size_t(rank);
     if (da) one.da += size_t(index) * size_t(cols), one.dbt += size_t(index) * size_t(rows);
     return one;
   }

@@ -177,29 +177,22 @@ void adapters_int8(Engine& engine, const Activations& x, const LinearJob* jobs, 
     for_adapter_runs(batch, layer, jobs[j], [&](const Lora& lora, int first, int last) {
       for (; first < last; first += kRows) shares.push_back({jobs + j, lora, first, std::min(first + kRows, last)});
     });
+  // What a thread takes next is what comes next in memory: of an adapter, the factors of all jobs.
+  std::ranges::stable_sort(shares, {}, [](const Share& share) { return share.job->row + share.first; });
   parallel_for(int(shares.size()), [&](int task, int thread) {
     const auto& [job, lora, first, last] = shares[size_t(task)];
     const Activations in = input_of(*job, x);
     const int rows = last - first;
     float* u = engine.thread_scratch[size_t(thread)].get<float>(size_t(rows) * lora.rank);
-    // While a rank of A is read, memory brings the same rank of B^T and A's next ones.
-    auto apply = [&](const auto* a, const auto* bt, auto shrink, auto expand) {
-      constexpr int kLine = 64 / int(sizeof(*bt)), kRanks = 4;
-      auto fetch = [](const auto* from, int count) {
-        for (int i = 0; i < count; i += kLine) __builtin_prefetch(from + i, 0, 2);
-      };
-      for (int r = 0; r < lora.rank; r++) {
-        if (r + kRanks < lora.rank) fetch(a + size_t(r + kRanks) * lora.lda, job->w->cols);
-        fetch(bt + size_t(r) * lora.ldb, job->w->rows);
-        shrink(in.f32 + size_t(first) * in.cols, in.cols, rows, a + size_t(r) * lora.lda, lora.lda, lora.scale + r, 1,
-               job->w->cols, u + r, lora.rank);
-      }
-      expand(u, lora.rank, rows, bt, lora.ldb, lora.rank, 0, job->w->rows, job->y + size_t(first) * job->ldy, job->ldy);
+    auto apply = [&](const auto* a, int lda, const auto* bt, int ldb, auto shrink, auto expand) {
+      shrink(in.f32 + size_t(first) * in.cols, in.cols, rows, a, lda, lora.scale, lora.rank, job->w->cols, u, lora.rank);
+      expand(u, lora.rank, rows, bt, ldb, lora.rank, 0, job->w->rows, job->y + size_t(first) * job->ldy, job->ldy);
     };
     if (lora.a_low)
-      apply(lora.a_low, lora.bt_low, kernels().lora_shrink_bf16, kernels().lora_expand_bf16);
+      apply(lora.a_low, round_up(lora.lda, kLoraCols), lora.bt_low, round_up(lora.ldb, kLoraCols), kernels().lora_shrink_bf16,
+            kernels().lora_expand_bf16);
     else
-      apply(lora.a, lora.bt, kernels().lora_shrink_f32, kernels().lora_expand_f32);
+      apply(lora.a, lora.lda, lora.bt, lora.ldb, kernels().lora_shrink_f32, kernels().lora_expand_f32);
   });
 }
 

@@ -5,6 +5,7 @@
 #include <numbers>
 
 #include "op/engine.h"
+#include "op/rounded.h"
 #include "quant/half.h"
 #include "test/test.h"
 
@@ -378,19 +379,18 @@ TEST("rows: lora_shrink and lora_expand, any rank, width, range and number of ro
 TEST("rows: adapters in bf16 give the bits of the same numbers in float32, rows together those of each alone") {
   constexpr int rank = 5, rows = 7;
   for (int cols : {5, 32, 77}) {
+    const int padded = round_up(cols, kLoraCols);
     Random random{uint64_t(cols)};
     const size_t count = size_t(rank * cols);
     const Floats x = random.floats(size_t(rows * cols)), scale = random.floats(rank), u = random.floats(rows * rank);
-    std::vector<bf16> low(count);
     Floats wide(count);
-    for (size_t i = 0; i < count; i++) {
-      low[i] = float_to_bf16(random.uniform(-1, 1));
-      wide[i] = bf16_to_float(low[i]);
-    }
+    for (float& value : wide) value = bf16_to_float(float_to_bf16(random.uniform(-1, 1)));
+    RoundedLoras rounded;
+    const bf16 *a = rounded.a(wide.data(), rank, cols), *bt = rounded.bt(wide.data(), rank, cols);
     for_levels([&](const Kernels& k) {
       Floats found(rows * rank), expected(rows * rank), y(x), y_expected(x);
-      k.lora_shrink_bf16(x.data(), cols, rows, low.data(), cols, scale.data(), rank, cols, found.data(), rank);
-      k.lora_expand_bf16(u.data(), rank, rows, low.data(), cols, rank, 0, cols, y.data(), cols);
+      k.lora_shrink_bf16(x.data(), cols, rows, a, padded, scale.data(), rank, cols, found.data(), rank);
+      k.lora_expand_bf16(u.data(), rank, rows, bt, padded, rank, 0, cols, y.data(), cols);
       for (int m = 0; m < rows; m++) {
         const size_t at = size_t(m * cols), u_at = size_t(m * rank);
         k.lora_shrink_f32(x.data() + at, cols, 1, wide.data(), cols, scale.data(), rank, cols, expected.data() + u_at, rank);
