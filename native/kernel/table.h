@@ -126,9 +126,8 @@ struct Kernels {
   void (*write_sums)(const float* c, int rows, int width, bool add, float* y, int ldy);
   // out[k] = W[row, k]
   void (*read_row)(const Matrix& w, int row, float* out);
-  // -- adapters, sums in float32; factors in float32 [rank][ld], in bf16 as above
-  // ------------------------------------------------------------------------------------ u[m, r] = scale[r] * sum_k a[r, k] x[m,
-  // k]
+  // -- adapters, sums in float32 ------------------------------------------------------------------------------------
+  // u[m, r] = scale[r] * sum_k a[r, k] x[m, k]; a and bt are [rank][ld] in float32, in bf16 as kLoraRanks says
   void (*lora_shrink_bf16)(const float* x, int ldx, int rows, const bf16* a, int lda, const float* scale, int rank, int cols,
                            float* u, int ldu);
   void (*lora_shrink_f32)(const float* x, int ldx, int rows, const float* a, int lda, const float* scale, int rank, int cols,

@@ -2,6 +2,7 @@
 // Adapters rounded to bf16, which inference reads instead of float32: half the bytes, in the order in which they are read.
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "base/buffer.h"
@@ -29,7 +30,8 @@ class RoundedLoras {
 
   bf16* room(size_t count) {
     if (chunks.empty() || taken + count > chunks.back().bytes() / sizeof(bf16)) {
-      chunks.emplace_back().get<bf16>(std::max(count, kHugePage / sizeof(bf16)));
+      const size_t twice = chunks.empty() ? 0 : chunks.back().bytes() / sizeof(bf16) * 2;  // a small adapter takes little
+      chunks.emplace_back().get<bf16>(std::max(count, std::min(twice, kHugePage / sizeof(bf16))));
       taken = 0;
     }
     return chunks.back().data<bf16>() + std::exchange(taken, taken + count);
