@@ -428,11 +428,13 @@ void attention_forward(Engine& engine, int layer, Mode mode, float* x, const Bat
   attend_all(engine, batch, cache, cache_layer, h, tape ? tape->lse.get<float>(rows * own.heads) : nullptr);
   const Rows flat = rows_for_products(mode, batch.rows, h.q, engine.mixed_flat, engine.normed_low),
              kept_flat = tape ? rows_on_tape(mode, batch.rows, h.q, tape->mixed) : Rows{};
+  const Activations mixed = room_for(mode, engine.digits[1], flat, batch.rows, engine.q8, engine.blocks);
   for_each_row(engine, batch.rows, size_t(h.q), [&](int m, float* scratch) {
     float* row = flat.begin(m, scratch);
     flatten(h, engine.mixed.data<float>() + size_t(m) * h.heads_q, row);
     flat.end(m, row);
     kept_flat.put(m, row);
+    quantize_row(mixed, m, 0, h.q);
   });
   if (tape) {
     const bool norms = own.q_norm;
@@ -440,7 +442,6 @@ void attention_forward(Engine& engine, int layer, Mode mode, float* x, const Bat
     save_rows(mode, (norms ? engine.k : engine.attn_k).data<float>(), rows * (norms ? h.kv : h.heads_kv), tape->k);
     save_rows(mode, engine.attn_v.data<float>(), rows * h.heads_kv, tape->v);
   }
-  const Activations mixed = prepare(mode, engine.digits[1], flat, batch.rows, engine.q8, engine.blocks);
   const Branch branch = branch_of(engine, own.attn_post_norm, x, batch.rows);
   const LinearJob out[] = {{&own.w[kO], kO, branch.to, h.d, branch.direct, tape ? &tape->u[kO] : nullptr, own.bias[kO]}};
   linear(engine, mixed, out, 1, batch, layer);

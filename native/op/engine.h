@@ -211,8 +211,8 @@ struct Activations {
   int rows, cols, digits;
   const float* f32;  // [rows][cols]
   const bf16* low;   // rows low_ld apart
-  const int8_t* q;
-  const ActBlock* blocks;
+  int8_t* q;
+  ActBlock* blocks;
   int low_ld = cols;
 
   // `count` rows from `row` on.
@@ -257,6 +257,10 @@ struct Rows {
 Activations prepare(Mode mode, int digits, const float* x, int rows, int cols, Buffer& low, Buffer& q, Buffer& blocks);
 // The same of rows_for_products.
 Activations prepare(Mode mode, int digits, const Rows& x, int rows, Buffer& q, Buffer& blocks);
+// The same in two steps, for rows that are still to be computed: room for all, then what the mode asks for of each row as soon as
+// its columns [first, first + count) are there, multiples of kTileCols.
+Activations room_for(Mode mode, int digits, const Rows& x, int rows, Buffer& q, Buffer& blocks);
+void quantize_row(const Activations& x, int row, int first, int count);
 
 struct LinearJob {
   const Matrix* w;

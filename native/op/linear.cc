@@ -227,25 +227,6 @@ void to_low(const float* x, int rows, const Rows& to) {
   });
 }
 
-// x with its int8 codes where the mode has them.
-Activations as_int8(Mode mode, int digits, const float* x, int rows, int cols, Buffer& q, Buffer& blocks) {
-  if (mode == Mode::bf16 && digits) digits = 2;
-  const bool words = digits == 2 && rows > 1 && kernels().words;
-  Activations a{mode, rows, cols, words ? kWords : digits, x, nullptr, nullptr, nullptr};
-  if (mode == Mode::f32 || !digits) return a;
-  const int per_row = cols / kTileCols;
-  const size_t row_bytes = size_t(cols) * size_t(code_bytes(digits));
-  int8_t* codes = q.get<int8_t>(size_t(rows) * row_bytes);
-  ActBlock* scales = blocks.get<ActBlock>(size_t(rows) * per_row);
-  for_rows(rows, 8, [&](int first, int last) {
-    for (int m = first; m < last; m++)
-      kernels().quantize(x + size_t(m) * cols, cols, a.digits, codes + size_t(m) * row_bytes, scales + size_t(m) * per_row);
-  });
-  a.q = codes;
-  a.blocks = scales;
-  return a;
-}
-
 // da and dbt of one linear, from the gradients du and dy.
 template <class T>
 void adapter_gradients(const Activations& x, const LinearBackwardJob& job, const Lora& lora, const T* dy, int ldy,
@@ -334,17 +315,37 @@ StageNames stage_of(int target) {
 }  // namespace
 
 Activations prepare(Mode mode, int digits, const float* x, int rows, int cols, Buffer& low, Buffer& q, Buffer& blocks) {
+  if (!low_products(mode)) return prepare(mode, digits, rows_of(x, cols), rows, q, blocks);
   const Timed timed("activations to low precision");
-  if (!low_products(mode)) return as_int8(mode, digits, x, rows, cols, q, blocks);
   const Rows to = rows_for_products(mode, rows, cols, low, low);
   to_low(x, rows, to);
-  return prepare(mode, digits, to, rows, q, blocks);
+  return room_for(mode, digits, to, rows, q, blocks);
 }
 
 Activations prepare(Mode mode, int digits, const Rows& x, int rows, Buffer& q, Buffer& blocks) {
-  if (x.low) return {mode, rows, x.cols, digits, nullptr, x.low, nullptr, nullptr, x.ld};
   const Timed timed("activations to low precision");
-  return as_int8(mode, digits, x.f32, rows, x.cols, q, blocks);
+  const Activations a = room_for(mode, digits, x, rows, q, blocks);
+  if (a.q)
+    for_rows(rows, 8, [&](int first, int last) {
+      for (int m = first; m < last; m++) quantize_row(a, m, 0, a.cols);
+    });
+  return a;
+}
+
+Activations room_for(Mode mode, int digits, const Rows& x, int rows, Buffer& q, Buffer& blocks) {
+  Activations a{mode, rows, x.cols, digits, x.f32, x.low, nullptr, nullptr, x.ld};
+  if (x.low || mode == Mode::f32 || !digits) return a;
+  if (mode == Mode::bf16) a.digits = 2;
+  if (a.digits == 2 && rows > 1 && kernels().words) a.digits = kWords;
+  a.q = q.get<int8_t>(size_t(rows) * size_t(x.cols) * size_t(code_bytes(a.digits)));
+  a.blocks = blocks.get<ActBlock>(size_t(rows) * size_t(x.cols / kTileCols));
+  return a;
+}
+
+void quantize_row(const Activations& x, int row, int first, int count) {
+  if (!x.q) return;
+  const size_t at = size_t(row) * size_t(x.cols) + size_t(first);
+  kernels().quantize(x.f32 + at, count, x.digits, x.q + at * size_t(code_bytes(x.digits)), x.blocks + at / kTileCols);
 }
 
 void linear(Engine& engine, const Activations& x, const LinearJob* jobs, int count, const Batch& batch, int layer) {

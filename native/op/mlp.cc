@@ -53,6 +53,7 @@ void mlp_forward(Engine& engine, int layer, Mode mode, float* x, const Batch& ba
   };
   linear(engine, input, jobs + !gated, 1 + gated, batch, layer);
   const Rows act = rows_for_products(mode, count, ffn, engine.act, engine.act_low);
+  const Activations middle = room_for(mode, engine.digits[3], act, count, engine.q8, engine.blocks);
   {
     const Timed timed("activation");
     Rows kept_gate{}, kept_up{};
@@ -65,11 +66,11 @@ void mlp_forward(Engine& engine, int layer, Mode mode, float* x, const Batch& ba
       float* out = to.begin(m, scratch);
       activate(dims, g, u, n, out);
       to.end(m, out);
+      quantize_row(middle, m, c, n);
       if (g) kept_gate.part(c, n).put(m, g);
       kept_up.part(c, n).put(m, u);
     });
   }
-  const Activations middle = prepare(mode, engine.digits[3], act, count, engine.q8, engine.blocks);
   const Branch branch = branch_of(engine, own.mlp_post_norm, x, count);
   const LinearJob down[] = {
       {&own.w[kDown], kDown, branch.to, width, branch.direct, tape ? &tape->u[kDown] : nullptr, own.bias[kDown]}};

@@ -1,5 +1,6 @@
 // Where a half layer meets the residual stream: the norm that it begins with, and how its result is added.
 
+#include "base/profile.h"
 #include "op/engine.h"
 
 namespace nomoat {
@@ -37,16 +38,22 @@ const float* normed(Engine& engine, const float* x, const float* weight, const f
 
 Activations prepare_normed(Engine& engine, Mode mode, int digits, const Rows& x, const float* weight, const float* bias, int rows,
                            const Rows& kept) {
+  const Timed timed("norm and low precision");
   const Rows h = rows_for_products(mode, rows, x.cols, engine.normed, engine.normed_low);
+  const Activations a = room_for(mode, digits, h, rows, engine.q8, engine.blocks);
   for_each_row(engine, rows, 2 * size_t(x.cols), [&](int m, float* scratch) {
     const float* own = x.read(m, scratch + x.cols);
     kept.put(m, own);
-    if (!weight) return h.put(m, own);
-    float* y = h.begin(m, scratch);
-    norm_row(engine.dims, own, weight, bias, y);
-    h.end(m, y);
+    if (weight) {
+      float* y = h.begin(m, scratch);
+      norm_row(engine.dims, own, weight, bias, y);
+      h.end(m, y);
+    } else {
+      h.put(m, own);
+    }
+    quantize_row(a, m, 0, a.cols);
   });
-  return prepare(mode, digits, h, rows, engine.q8, engine.blocks);
+  return a;
 }
 
 void normed_backward(Engine& engine, const Rows& x, const float* weight, const float* dh, int rows, float* dx) {
