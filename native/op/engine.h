@@ -174,9 +174,9 @@ struct Engine {
   int experts_used = 0;     // of every layer that has experts
   bool expert_norm = true;  // the weights of the experts used are divided by their sum
   // int8 digits of the activations that enter each product in inference: qkv, o, gate and up, down, head. Two bring the logits to
-  // those of float32 and take twice the instructions; those of the MLP are three quarters of all, and get one. What each costs:
-  // docs/concepts/precision.md.
-  std::array<int, 5> digits = {2, 2, 1, 1, 2};
+  // those of float32 and take twice the instructions; those of the MLP are three quarters of all, and get one, as does o, where
+  // the second would be hardly seen. What each costs: docs/concepts/precision.md.
+  std::array<int, 5> digits = {2, 1, 1, 1, 2};
 
   Rope& rope_of(const Layer& layer) { return layer.rope < 0 ? no_rope : ropes[size_t(layer.rope)]; }
 
