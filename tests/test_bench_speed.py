@@ -103,9 +103,18 @@ def test_work(run: Run, tiny: Path, work: str, options: tuple[str | int, ...], s
     found = json.loads(out)
     assert code == 0 and len(found["rates"]) == 2 and found["tokens_per_second"] > 0
     assert stages <= set(found["stages"]) and abs(sum(found["stages"].values()) - found["seconds"]) < 1e-6
-    assert set(found["shares"]) == set(found["limits"])
+    assert set(found["shares"]) == set(found["limits"]) and all(len(limits) == 2 for limits in found["limits"].values())
     code, out, _ = run(*map(str, arguments))
     assert code == 0 and "tokens/s" in out and "would allow alone" in out and "rest" in out
+
+
+def test_the_share_of_a_limit_is_the_median_of_what_each_round_had_of_it() -> None:
+    limits = iter([10.0, 40.0, 10.0])
+    seconds = iter([9.0, 1.0, 0.5, 1.0])  # the first round does not count
+    rates, found = speed.in_turns(lambda: next(seconds), 8, 3, {"memory": lambda: next(limits)})
+    assert rates == [8.0, 16.0, 8.0] and found == {"memory": [10.0, 40.0, 10.0]}
+    measured = speed.Speed("decode", rates, 1.0, 1.0, found, 1.0)
+    assert measured.shares == {"memory": 0.8}  # of 0.8, 0.4, 0.8
 
 
 def test_more_tokens_than_the_context_are_refused(run: Run, tiny: Path) -> None:

@@ -55,15 +55,20 @@ def multiply_adds(kind: str) -> float:
     return 0.0 if _native.peak(kind, 1) == 0 else best_rate(lambda steps: float(_native.peak(kind, steps)), 1024)
 
 
-def read_bandwidth(size: int) -> float:
-    """Bytes per second at which all threads together read `size` bytes again and again, each its own share."""
+def reader(size: int) -> Callable[[], float]:
+    """What tells the bytes per second at which all threads together read `size` bytes again and again, each its own share."""
     data = np.ones(size, np.uint8)
 
     def read(times: int) -> float:
         _native.read_all(data, times)
         return float(size * times)
 
-    return best_rate(read)
+    return lambda: best_rate(read)
+
+
+def read_bandwidth(size: int) -> float:
+    """Bytes per second of `reader`, once."""
+    return reader(size)()
 
 
 def measure(threads: Sequence[int], working_sets: Sequence[int] = WORKING_SETS) -> list[Peaks]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -30,14 +31,15 @@ LARGEST_READ = 512 * roofline.MEGABYTE
 class Speed:
     """Of one kind of work: a rate for each round, what a token costs, and seconds by stage in the last round.
 
-    `limit` is what the machine could do: tokens per second if nothing but the bytes (or the multiply-adds) of a token counted.
+    `limits` are what the machine could do, measured before each round: tokens per second if nothing but the bytes (or the
+    multiply-adds) of a token counted.
     """
 
     work: str
     rates: list[float]
     bytes_per_token: float
     multiply_adds_per_token: float
-    limits: dict[str, float]
+    limits: dict[str, list[float]]
     seconds: float
     stages: dict[str, float] = field(default_factory=dict)
 
@@ -47,8 +49,28 @@ class Speed:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Tokens per second over each limit."""
-        return {name: self.tokens_per_second / limit for name, limit in self.limits.items()}
+        """Tokens per second over each limit, the median of the rounds: a machine that others use, too, changes within seconds."""
+        return {
+            name: statistics.median(rate / limit for rate, limit in zip(self.rates, limits, strict=True))
+            for name, limits in self.limits.items()
+        }
+
+
+def in_turns(
+    once: Callable[[], float], tokens: int, rounds: int, limits: Mapping[str, Callable[[], float]]
+) -> tuple[list[float], dict[str, list[float]]]:
+    """Tokens per second of each round, whose seconds `once` returns, and each limit as it was before that round.
+
+    A first round, which meets cold caches, does not count.
+    """
+    once()
+    rates: list[float] = []
+    found: dict[str, list[float]] = {name: [] for name in limits}
+    for _ in range(rounds):
+        for name, limit in limits.items():
+            found[name].append(limit())
+        rates.append(tokens / once())
+    return rates, found
 
 
 def prefilled(model: Model, tokens: Sequence[int], stack: Stack | None = None) -> tuple[kv.Sequence, float]:
@@ -170,24 +192,26 @@ def _batch(
 ) -> Speed:
     _check_context(model, prompt + tokens)
     given = _some_tokens(model, prompt)
-    seconds = [decoded(model, given, tokens, streams, stacks) for _ in range(rounds + 1)][1:]
-    last = Streams(model, given, streams, stacks)
-    whole, stages = profiled(lambda: last.run(tokens))
-    last.close()
     adapters = sum(2.0 * linear.a.size + 2.0 * linear.bt.size for s in stacks if s is not None for linear in s.linears.values())
     keys = fit.kv_bytes_per_token(model.spec, model.kv_type) * (prompt + tokens / 2)
     size = (weight_bytes(model) + adapters) / streams + keys
     products = model.spec.active_linears() + head_weights(model)
-    limits = {"memory": _read_bandwidth(model, int(size * streams)) / size}
+    bandwidth = _read_bandwidth(model, int(size * streams))
+    limits = {"memory": lambda: bandwidth() / size}
     if streams > 1:
-        limits["int8"] = roofline.multiply_adds("int8") / products
-    return Speed(work, [streams * tokens / s for s in seconds], size, products, limits, whole, stages)
+        limits["int8"] = lambda: roofline.multiply_adds("int8") / products
+    once = partial(decoded, model, given, tokens, streams, stacks)
+    rates, found = in_turns(once, streams * tokens, rounds, limits)
+    last = Streams(model, given, streams, stacks)
+    whole, stages = profiled(lambda: last.run(tokens))
+    last.close()
+    return Speed(work, rates, size, products, found, whole, stages)
 
 
-def _read_bandwidth(model: Model, size: int) -> float:
-    """Bytes per second at which all threads read `size` bytes over and over: memory of its own, or the weights in turn."""
+def _read_bandwidth(model: Model, size: int) -> Callable[[], float]:
+    """What tells the bytes per second at which all threads read `size` bytes again: own memory, or the weights in turn."""
     if size <= LARGEST_READ:
-        return roofline.read_bandwidth(size)
+        return roofline.reader(size)
     weights = [tensor.data for tensor in model.weights.tensors.values() if tensor.data.nbytes > roofline.MEGABYTE]
 
     def read(times: int) -> float:
@@ -196,7 +220,7 @@ def _read_bandwidth(model: Model, size: int) -> float:
                 _native.read_all(data)
         return float(times * sum(data.nbytes for data in weights))
 
-    return roofline.best_rate(read)
+    return lambda: roofline.best_rate(read)
 
 
 def prefill(model: Model, *, tokens: int, rounds: int) -> Speed:
@@ -209,12 +233,11 @@ def prefill(model: Model, *, tokens: int, rounds: int) -> Speed:
         model.pool().cut(sequence, 0)
         return seconds
 
-    seconds = [once() for _ in range(rounds + 1)][1:]
-    whole, stages = profiled(once)
     products = model.spec.active_linears() + head_weights(model) / tokens
     size = weight_bytes(model) / min(tokens, FORWARD_ROWS)
-    limits = {"int8": roofline.multiply_adds("int8") / products}
-    return Speed("prefill", [tokens / s for s in seconds], size, products, limits, whole, stages)
+    rates, limits = in_turns(once, tokens, rounds, {"int8": lambda: roofline.multiply_adds("int8") / products})
+    whole, stages = profiled(once)
+    return Speed("prefill", rates, size, products, limits, whole, stages)
 
 
 def train(model: Model, *, rows: int, length: int, rank: int, rounds: int) -> Speed:
@@ -222,18 +245,19 @@ def train(model: Model, *, rows: int, length: int, rank: int, rounds: int) -> Sp
     _check_context(model, length)
     step = TrainStep(model, rank)
     packs = dense_packs(_some_tokens(model, length), rows, length)
-    seconds = []
-    for _ in range(rounds + 1):
+
+    def once() -> float:
         began = time.perf_counter()
         step.run(packs)
-        seconds.append(time.perf_counter() - began)
-    whole, stages = profiled(lambda: step.run(packs))
+        return time.perf_counter() - began
+
     products = 2.0 * (model.spec.active_linears() + head_weights(model))
     kinds = {kind: roofline.multiply_adds(kind) for kind in ("bf16", "f32")}
     kind = max(kinds, key=lambda name: kinds[name])  # a level without dots of bf16 takes float32 products
-    limits = {kind: kinds[kind] / products}
+    rates, limits = in_turns(once, rows * length, rounds, {kind: lambda: roofline.multiply_adds(kind) / products})
+    whole, stages = profiled(once)
     size = weight_bytes(model) * 2 * len(packs) / (rows * length)
-    return Speed("train", [rows * length / s for s in seconds[1:]], size, products, limits, whole, stages)
+    return Speed("train", rates, size, products, limits, whole, stages)
 
 
 def profiled(work: Callable[[], object]) -> tuple[float, dict[str, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -170,8 +171,10 @@ def _report(speed: Speed) -> str:
         f"{speed.tokens_per_second:,.1f} tokens/s (rounds from {low:,.1f} to {high:,.1f}); "
         f"{speed.bytes_per_token / 1e6:,.1f} MB read and {speed.multiply_adds_per_token / 1e6:,.0f} million multiply-adds a token"
     ]
-    for name, limit in speed.limits.items():
-        lines.append(f"{speed.shares[name]:.0%} of the {limit:,.1f} tokens/s that {_LIMITS[name]} would allow alone")
+    for name, limits in speed.limits.items():
+        lines.append(
+            f"{speed.shares[name]:.0%} of the {statistics.median(limits):,.1f} tokens/s that {_LIMITS[name]} would allow alone"
+        )
     lines.append("")
     for stage, seconds in sorted(speed.stages.items(), key=lambda item: -item[1]):
         lines.append(f"  {stage:28} {seconds / speed.seconds:5.1%}")
