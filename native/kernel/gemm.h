@@ -2,6 +2,7 @@
 // Products with packed weights. V is a level's vector type: W lanes, a lane = one output row of a strip.
 
 #include <algorithm>
+#include <type_traits>
 
 #include "kernel/table.h"
 #include "quant/all.h"
@@ -385,34 +386,32 @@ void plain_panel_f32(const float* src, int ld, int rows, int cols, bool backward
 
 // ---- the training GEMM: R rows x N vectors of accumulators, one broadcast of a feeds N products -----------------------------
 
-template <class V, int R, int N>
-inline void gemm_tile(const bf16* a, int lda, const bf16* panel, int count, float* c, bool add) {
+// Of the accumulators, by hand: loops that the compiler unrolls later than it places variables go through the stack.
+template <class V, int R, int N, class T>
+inline void gemm_tile(const T* a, int lda, const T* panel, int count, float* c, bool add) {
   typename V::F acc[R][N];
-  for (int r = 0; r < R; r++)
-    for (int n = 0; n < N; n++) acc[r][n] = add ? V::load(c + r * kPanelCols + n * V::W) : V::zero();
-  for (int p = 0; p < count; p += 2) {
-    typename V::Pairs b[N];
-    for (int n = 0; n < N; n++) b[n] = V::pairs(panel + p * kPanelCols + 2 * n * V::W);
-    for (int r = 0; r < R; r++)
-      for (int n = 0; n < N; n++) acc[r][n] = V::dot_bf16(acc[r][n], b[n], a + size_t(r) * lda + p);
-  }
-  for (int r = 0; r < R; r++)
-    for (int n = 0; n < N; n++) V::store(c + r * kPanelCols + n * V::W, acc[r][n]);
-}
-
-template <class V, int R, int N>
-inline void gemm_tile(const float* a, int lda, const float* panel, int count, float* c, bool add) {
-  typename V::F acc[R][N];
-  for (int r = 0; r < R; r++)
-    for (int n = 0; n < N; n++) acc[r][n] = add ? V::load(c + r * kPanelCols + n * V::W) : V::zero();
-  for (int p = 0; p < count; p++) {
-    typename V::F b[N];
-    for (int n = 0; n < N; n++) b[n] = V::load(panel + p * kPanelCols + n * V::W);
-    for (int r = 0; r < R; r++)
-      for (int n = 0; n < N; n++) acc[r][n] = V::fma(V::set1(a[size_t(r) * lda + p]), b[n], acc[r][n]);
-  }
-  for (int r = 0; r < R; r++)
-    for (int n = 0; n < N; n++) V::store(c + r * kPanelCols + n * V::W, acc[r][n]);
+  auto each = [&](auto&& visit) {
+    unrolled<R>([&]<int r>() { unrolled<N>([&]<int n>() { visit(acc[r][n], c + r * kPanelCols + n * V::W); }); });
+  };
+  if (add)
+    each([](auto& sum, const float* at) { sum = V::load(at); });
+  else
+    each([](auto& sum, const float*) { sum = V::zero(); });
+  if constexpr (std::is_same_v<T, bf16>)
+    for (int p = 0; p < count; p += 2) {
+      typename V::Pairs b[N];
+      for (int n = 0; n < N; n++) b[n] = V::pairs(panel + p * kPanelCols + 2 * n * V::W);
+      for (int r = 0; r < R; r++)
+        for (int n = 0; n < N; n++) acc[r][n] = V::dot_bf16(acc[r][n], b[n], a + size_t(r) * lda + p);
+    }
+  else
+    for (int p = 0; p < count; p++) {
+      typename V::F b[N];
+      for (int n = 0; n < N; n++) b[n] = V::load(panel + p * kPanelCols + n * V::W);
+      for (int r = 0; r < R; r++)
+        for (int n = 0; n < N; n++) acc[r][n] = V::fma(V::set1(a[size_t(r) * lda + p]), b[n], acc[r][n]);
+    }
+  each([](auto& sum, float* at) { V::store(at, sum); });
 }
 
 // All rows of N vectors of columns.
