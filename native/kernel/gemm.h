@@ -425,14 +425,16 @@ inline void gemm_columns(const T* a, int lda, int rows, const T* panel, int coun
   if (m < rows) run.template operator()<1>(m);
 }
 
-// Rows are taken in blocks that stay in the second-level cache (72 x 256 float32 are 72 KB) while all columns pass over them, and
-// the contraction in steps whose panel stays in the first (256 x 48 bf16 are 24 KB).
+// Rows are taken in blocks that stay in the second-level cache (96 x 640 bf16 are 120 KB) while all columns pass over them, and
+// the contraction in equal steps. A step ends with its sums stored and loaded again, so that long ones are better, though the
+// panel of one (640 x 48 bf16 are 60 KB) comes from the second-level cache: 8 rows of bf16 need 8 bytes of it a cycle.
 template <class V, class T>
 inline void gemm_panel(const T* a, int lda, int rows, const T* panel, int count, int columns, float* c, bool add) {
-  constexpr int N = V::kGemmVectors, kRowBlock = 12 * V::kGemmRows, kDepth = 256;
-  for (int p = 0; p < count; p += kDepth)
+  constexpr int N = V::kGemmVectors, kRowBlock = 12 * V::kGemmRows, kDepth = std::is_same_v<T, bf16> ? 640 : 256;
+  const int parts = std::max(1, (count + kDepth - 1) / kDepth), depth = round_up((count + parts - 1) / parts, 2);
+  for (int p = 0; p < count; p += depth)
     for (int begin = 0; begin < rows; begin += kRowBlock) {
-      const int taken = std::min(kRowBlock, rows - begin), steps = std::min(kDepth, count - p);
+      const int taken = std::min(kRowBlock, rows - begin), steps = std::min(depth, count - p);
       const T* from = a + size_t(begin) * lda + p;
       T* columns_of = const_cast<T*>(panel) + size_t(p) * kPanelCols;
       float* to = c + size_t(begin) * kPanelCols;
